@@ -1,0 +1,66 @@
+# Short verbs. Each does its own set-up: a machine with only Python, make and git is enough.
+#
+# PYTHON    interpreter that makes the environment (Python 3.10 or newer)
+# TORCH     pip's arguments for PyTorch, for instance
+#           make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+#           Changing PYTHON or TORCH makes the environment anew; export them to keep a choice.
+# WORKERS   processes that run the tests
+# ARGS      further arguments for pytest: make test ARGS="-k kronecker"
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+WORKERS ?= 2
+ARGS ?=
+
+# One environment for all verbs: one PyTorch on disk, and `make demo` adds only matplotlib and
+# scikit-learn to what the package needs. All paths are relative: the checkout's may have spaces.
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check
+
+export PYTHON TORCH
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all lint format FORCE
+
+help:  ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/installed  ## Run the example; it writes docs_src/examples/figures/digits.png
+	$(RUN) docs_src/examples/digits.py
+
+test: $(VENV)/installed  ## Run the tests and the examples in docstrings, without the slow ones
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
+
+test-all: $(VENV)/installed  ## Run all tests
+	$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(VENV)/installed  ## Check style, format and types
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+format: $(VENV)/installed  ## Repair style and format where a tool can
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+# The package (editable) and its tools, anew when pyproject.toml changes. PyTorch is there already,
+# and the constraint keeps pip from replacing it.
+$(VENV)/installed: $(VENV)/torch.txt pyproject.toml
+	$(PIP) install --constraint $(VENV)/torch.txt --editable ".[dev]"
+	@touch $@
+
+# PyTorch comes first, alone, so that TORCH may name an index that has nothing else. The recipe
+# always runs, but touches its file only when the interpreter, TORCH or the checkout's place have
+# changed. TORCH is not quoted: it is several arguments.
+$(VENV)/torch.txt: FORCE
+	@wanted="$$("$$PYTHON" --version) | $$TORCH | $$PWD"; \
+	if [ -f $@ ] && [ "$$(cat $(VENV)/made-for 2>/dev/null)" = "$$wanted" ]; then exit 0; fi; \
+	set -ef; \
+	"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "curvlinops needs Python 3.10 or newer: make PYTHON=python3.x")'; \
+	echo "Making $(VENV) with $$TORCH (once; this takes a minute or more)"; \
+	"$$PYTHON" -m venv --clear $(VENV); \
+	$(PIP) install $$TORCH; \
+	printf '%s\n' "$$wanted" > $(VENV)/made-for; \
+	$(RUN) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
+
+FORCE:

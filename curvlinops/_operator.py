@@ -1,0 +1,588 @@
+"""The operator contract: what every linear operator offers, and the registry of algebra rules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from numbers import Number
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Size, Tensor
+
+from curvlinops._formats import Columns, as_shapes, describe, from_columns, numel, to_columns
+from curvlinops._saving import compact, is_saveable, reduce_operator
+from curvlinops._scipy import to_scipy
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+    from scipy.sparse.linalg import LinearOperator
+
+Operator = TypeVar("Operator", bound="PyTorchLinearOperator")
+Scalar = complex | Tensor
+STRATEGIES = {
+    "use_heuristic_damping": False,
+    "min_damping": 1e-8,
+    "use_exact_damping": False,
+    "retry_double_precision": True,
+}
+"""Keywords of ``inverse`` besides the damping, with their defaults. They choose how Kronecker
+products are damped; every other operator adds ``damping * I`` exactly."""
+
+_HINTS = {
+    "trace": "estimate it from products, e.g. by Hutchinson's estimator (the mean of v @ A @ v "
+    "over random signs v)",
+    "diagonal": "estimate it from products, e.g. the mean of v * (A @ v) over random signs v",
+    "frobenius_norm": "estimate its square by the mean of ||A @ v||² over random signs v",
+    "slogdet": "use stochastic Lanczos quadrature on A.to_scipy(), or A.to_dense().slogdet() if "
+    "A is small",
+    "inverse": "solve with curvlinops.cg(A, b), or with SciPy's solvers on A.to_scipy()",
+    "eigh": "use scipy.sparse.linalg.eigsh on A.to_scipy() for some eigenpairs, or A.to_dense() "
+    "if A is small",
+    "power": "apply scipy.sparse.linalg.expm_multiply or a Lanczos method on A.to_scipy(), or "
+    "use A.to_dense() if A is small",
+}
+
+
+class RectangularError(ValueError, RuntimeError):
+    """A closed form of square matrices was asked of a rectangular operator."""
+
+
+class _Recording:
+    """Whether products record gradients; see :func:`record_gradients`."""
+
+    enabled = False
+
+
+@contextmanager
+def record_gradients() -> Iterator[None]:
+    """Let products record a graph, to differentiate through ``A @ x``.
+
+    By default a product runs as under ``torch.no_grad()``. Inside this context the result of a
+    structured operator depends on ``x`` and on the operator's tensors as in plain PyTorch code.
+
+    Example:
+        >>> import torch
+        >>> from curvlinops import TensorLinearOperator, record_gradients
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> with record_gradients():
+        ...     y = TensorLinearOperator(torch.eye(2)) @ x
+        >>> y.requires_grad
+        True
+    """
+    before = _Recording.enabled
+    _Recording.enabled = True
+    try:
+        yield
+    finally:
+        _Recording.enabled = before
+
+
+# --------------------------------------------------------------------------------------------------
+# Rules
+# --------------------------------------------------------------------------------------------------
+Rule = Callable[[Any, Any], Any]
+Function = TypeVar("Function", bound=Callable[..., Any])
+_RULES: dict[tuple[str, type, type], Rule] = {}
+_OPERATIONS: dict[str, Rule] = {}
+
+
+def rule(name: str, left: type, right: type) -> Callable[[Function], Function]:
+    """Register a mathematical fact about two types, next to the class it is about.
+
+    Names: ``"add"`` and ``"matmul"`` (two operators), ``"scale"`` (operator, scalar) and
+    ``"shift"`` (operator, scalar δ, for A + δI). A rule may return ``NotImplemented``.
+    """
+
+    def register(function: Function) -> Function:
+        _RULES[name, left, right] = function
+        return function
+
+    return register
+
+
+def apply_rule(name: str, left: Any, right: Any) -> Any | None:
+    """Return what the most specific rule makes of two operands, or None if there is none."""
+    for left_type in type(left).__mro__:
+        for right_type in type(right).__mro__:
+            found = _RULES.get((name, left_type, right_type))
+            result = NotImplemented if found is None else found(left, right)
+            if result is not NotImplemented:
+                return result
+    return None
+
+
+def operation(name: str) -> Callable[[Function], Function]:
+    """Register how an operation is done on any operators (lazily, where no rule applies)."""
+
+    def register(function: Function) -> Function:
+        _OPERATIONS[name] = function
+        return function
+
+    return register
+
+
+def combine(name: str, left: Any, right: Any = None) -> PyTorchLinearOperator:
+    """Apply an operation; ``_algebra`` holds them, which this base does not know."""
+    return _OPERATIONS[name](left, right)
+
+
+def map_state(state: Any, function: Callable[[Any], Any]) -> Any:
+    """Apply a function to every tensor and operator in a state."""
+    if isinstance(state, (Tensor, PyTorchLinearOperator)):
+        return function(state)
+    if isinstance(state, dict):
+        return {key: map_state(value, function) for key, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(map_state(value, function) for value in state)
+    return state
+
+
+def check_same(what: str, left: PyTorchLinearOperator, right: PyTorchLinearOperator) -> None:
+    """Raise if two operators differ in dtype or device (where they have one)."""
+    for attribute in ("dtype", "device"):
+        a, b = getattr(left, attribute), getattr(right, attribute)
+        if a is not None and b is not None and a != b:
+            raise ValueError(
+                f"{attribute.capitalize()} mismatch in {what}: {left!r} has {a}, "
+                f"{right!r} has {b}. Convert one of them with .to(...)."
+            )
+
+
+def check_replacement(what: str, old: PyTorchLinearOperator, new: PyTorchLinearOperator) -> None:
+    """Raise if an operator inside another one cannot be replaced by a new one."""
+    if not isinstance(new, PyTorchLinearOperator):
+        raise TypeError(f"The items of {what} are operators, got {type(new).__name__}.")
+    if (old.in_shape, old.out_shape) != (new.in_shape, new.out_shape):
+        raise ValueError(
+            f"Shape mismatch in {what}: {old!r} maps {describe(old.in_shape)} to "
+            f"{describe(old.out_shape)}, but {new!r} maps {describe(new.in_shape)} to "
+            f"{describe(new.out_shape)}."
+        )
+    check_same(what, old, new)
+
+
+def as_scalar(value: Any) -> Scalar | None:
+    """Return a number or 0-d tensor as a scalar factor, None for anything else."""
+    if isinstance(value, Tensor):
+        return value if value.ndim == 0 else None
+    if isinstance(value, Number):
+        return value.item() if hasattr(value, "item") else value  # type: ignore[return-value]
+    return None
+
+
+def conj(value: Scalar) -> Scalar:
+    """Return the complex conjugate of a scalar."""
+    return value.conj() if isinstance(value, Tensor) else value.conjugate()
+
+
+def like(device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor | None:
+    """Return an empty tensor that carries device and dtype of an operator without tensors.
+
+    ``to``, saving and ``map_location`` then work as for others. None if neither is given: such an
+    operator multiplies tensors of any device and dtype.
+    """
+    return None if device is None and dtype is None else torch.empty(0, device=device, dtype=dtype)
+
+
+def magnitude(value: Scalar) -> float | Tensor:
+    """Return the absolute value of a scalar."""
+    return value.abs() if isinstance(value, Tensor) else abs(value)
+
+
+def is_real(value: Scalar) -> bool:
+    """Return whether a scalar is of a real type."""
+    return not value.is_complex() if isinstance(value, Tensor) else not isinstance(value, complex)
+
+
+def check_strategy(strategy: dict[str, Any]) -> None:
+    """Raise for unknown or contradicting keywords of ``inverse``."""
+    unknown = sorted(set(strategy) - set(STRATEGIES))
+    if unknown:
+        raise TypeError(
+            f"inverse() got unexpected keywords {unknown}; known besides damping: "
+            f"{sorted(STRATEGIES)}."
+        )
+    if strategy.get("use_heuristic_damping") and strategy.get("use_exact_damping"):
+        raise ValueError("Choose one of use_heuristic_damping and use_exact_damping, not both.")
+
+
+class PyTorchLinearOperator:
+    """A linear map between two spaces of tensors, known by its products.
+
+    The matrix has one row for each entry of the tensors of the output space and one column for
+    each entry of those of the input space; tensors are flattened row-major and concatenated.
+    A subclass implements :meth:`_matmat` and, unless ``SELF_ADJOINT = True``,
+    :meth:`_adjoint_matmat`; everything else follows from these. Device and dtype are those of
+    the tensors among the operator's attributes.
+
+    Products do not record gradients; see :func:`~curvlinops.record_gradients`.
+
+    Args:
+        in_shape: The shapes of the tensors of the input space.
+        out_shape: The shapes of the tensors of the output space.
+
+    Raises:
+        ValueError: If one of the lists is empty.
+
+    Example:
+        >>> import torch
+        >>> from curvlinops import PyTorchLinearOperator
+        >>> class Cumsum(PyTorchLinearOperator):
+        ...     def _matmat(self, X):
+        ...         return [x.cumsum(0) for x in X]
+        ...     def _adjoint_matmat(self, X):
+        ...         return [x.flip(0).cumsum(0).flip(0) for x in X]
+        >>> A = Cumsum([(3,)], [(3,)])
+        >>> A @ torch.ones(3)
+        tensor([1., 2., 3.])
+        >>> (2 * A.T @ A - A) @ torch.ones(3)
+        tensor([11.,  8.,  3.])
+    """
+
+    SELF_ADJOINT: bool = False
+    _IS_PERMUTATION: ClassVar[bool] = False
+    _init_args: ClassVar[tuple[str, ...] | None] = None
+    __array_ufunc__ = None  # NumPy scalars and arrays on the left leave operations to us
+
+    def __init__(self, in_shape: Sequence[Sequence[int]], out_shape: Sequence[Sequence[int]]):
+        self.in_shape: list[Size] = as_shapes(in_shape, "in_shape")
+        self.out_shape: list[Size] = as_shapes(out_shape, "out_shape")
+
+    # ---- what a subclass implements ---------------------------------------------------------
+    def _matmat(self, X: Columns) -> Columns:
+        """Multiply tensors ``[*N_i, K]`` (K >= 1) of the input space; return ``[*M_j, K]``."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement _matmat.")
+
+    def _adjoint_matmat(self, X: Columns) -> Columns:
+        """Multiply the adjoint onto tensors ``[*M_j, K]``; return ``[*N_i, K]``."""
+        if self.SELF_ADJOINT:
+            return self._matmat(X)
+        if type(self)._adjoint is not PyTorchLinearOperator._adjoint:
+            return self._adjoint()._matmat(X)
+        raise NotImplementedError(
+            f"{type(self).__name__} has no adjoint: implement _adjoint_matmat, or set "
+            "SELF_ADJOINT = True if it is its own."
+        )
+
+    def _adjoint(self) -> PyTorchLinearOperator:
+        """Return the adjoint of an operator that is not its own; lazy unless overridden."""
+        return combine("adjoint", self)
+
+    def _conjugate(self) -> PyTorchLinearOperator:
+        """Return the entry-wise complex conjugate; lazy unless overridden."""
+        real = self.dtype is not None and not self.dtype.is_complex
+        return self if real else combine("conjugate", self)
+
+    @property
+    def _in_names(self) -> list[str] | None:
+        """Names of the input space's tensors."""
+        return None
+
+    @property
+    def _out_names(self) -> list[str] | None:
+        """Names of the output space's tensors."""
+        return None
+
+    # ---- what the operator holds ------------------------------------------------------------
+    def _state(self) -> dict[str, Any]:
+        """Return what rebuilds the operator: tensors, operators, plain values, lists, dicts."""
+        if self._init_args is None:
+            return dict(vars(self))
+        return {name: getattr(self, name) for name in self._init_args}
+
+    @classmethod
+    def _from_state(cls, state: dict[str, Any]) -> Any:
+        """Rebuild an operator from its state."""
+        if cls._init_args is None:
+            operator = cls.__new__(cls)
+            vars(operator).update(state)
+            return operator
+        return cls(**state)
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the operator's tensors; None if it holds none."""
+        return next((leaf.device for leaf in _leaves(self._state())), None)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the operator's tensors; None if it holds none."""
+        return next((leaf.dtype for leaf in _leaves(self._state())), None)
+
+    def to(self: Operator, *args: Any, **kwargs: Any) -> Operator:
+        """Return the operator with its tensors moved or cast; arguments as ``Tensor.to``."""
+
+        def move(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and not (leaf.is_floating_point() or leaf.is_complex()):
+                return leaf.to(torch.empty(0, device=leaf.device).to(*args, **kwargs).device)
+            return leaf.to(*args, **kwargs)
+
+        return type(self)._from_state(map_state(self._state(), move))
+
+    def __deepcopy__(self: Operator, memo: dict[int, Any]) -> Operator:
+        return type(self)._from_state(copy.deepcopy(self._state(), memo))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not is_saveable(type(self)):
+            return super().__reduce_ex__(protocol)
+        state = map_state(self._state(), lambda x: compact(x) if isinstance(x, Tensor) else x)
+        return reduce_operator(self, state)
+
+    # ---- products -----------------------------------------------------------------------------
+    @property
+    def shape(self) -> Size:
+        """Rows and columns of the matrix."""
+        return Size((numel(self.out_shape), numel(self.in_shape)))
+
+    def __matmul__(self, x: Any) -> Any:
+        """Multiply a vector or matrix in any format, or compose with another operator."""
+        if isinstance(x, PyTorchLinearOperator):
+            return combine("matmul", self, x)
+        return _apply(self, x, leading=False)
+
+    def __rmatmul__(self, x: Any) -> Any:
+        """Multiply a row vector, or a matrix of rows, from the left: ``x @ A = (Aᵀ xᵀ)ᵀ``."""
+        return _apply(self, x, leading=True)
+
+    def to_dense(self, chunk_size: int = 128) -> Tensor:
+        """Return the matrix as a tensor ``[rows, columns]``.
+
+        Args:
+            chunk_size: How many columns are computed at once.
+        """
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")
+        _, num_columns = self.shape
+        chunks = []
+        for start in range(0, max(num_columns, 1), chunk_size):
+            width = min(chunk_size, num_columns - start)
+            eye = torch.zeros(num_columns, width, device=self.device, dtype=self.dtype)
+            eye[start : start + width].fill_diagonal_(1)
+            chunks.append(self @ eye)
+        return torch.cat(chunks, dim=1)
+
+    def to_scipy(self, dtype: DTypeLike | None = None) -> LinearOperator:
+        """Return a SciPy ``LinearOperator`` of the same matrix.
+
+        Args:
+            dtype: NumPy dtype of the SciPy operator. Default: the operator's own (float32 for
+                bfloat16 and float16).
+
+        Example:
+            >>> import torch
+            >>> from scipy.sparse.linalg import eigsh
+            >>> from curvlinops import DiagonalLinearOperator
+            >>> A = DiagonalLinearOperator([torch.arange(5.0)])
+            >>> print(eigsh(A.to_scipy(), k=1, return_eigenvectors=False).round(4))
+            [4.]
+        """
+        return to_scipy(self, dtype)
+
+    # ---- algebra ------------------------------------------------------------------------------
+    def adjoint(self) -> PyTorchLinearOperator:
+        """Return the adjoint (conjugate transpose)."""
+        return self if self.SELF_ADJOINT else self._adjoint()
+
+    @property
+    def H(self) -> PyTorchLinearOperator:
+        """The adjoint (conjugate transpose)."""
+        return self.adjoint()
+
+    @property
+    def T(self) -> PyTorchLinearOperator:
+        """The transpose, without conjugation."""
+        return self.adjoint()._conjugate()
+
+    def __add__(self, other: Any) -> Any:
+        if isinstance(other, PyTorchLinearOperator):
+            return combine("add", self, other)
+        if isinstance(other, Number) and as_scalar(other) == 0:  # the start of sum([A, B])
+            return self
+        return NotImplemented
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        if isinstance(other, PyTorchLinearOperator):
+            return self + (-other)
+        return NotImplemented
+
+    def __neg__(self) -> PyTorchLinearOperator:
+        return -1 * self
+
+    def __mul__(self, value: Any) -> Any:
+        scalar = as_scalar(value)
+        return NotImplemented if scalar is None else combine("scale", self, scalar)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, value: Any) -> Any:
+        scalar = as_scalar(value)
+        return NotImplemented if scalar is None else self * (1 / scalar)
+
+    def __pow__(self, exponent: Any) -> Any:
+        """Return an integer power; ``A ** 0`` is the identity, negative ones use ``inverse``."""
+        if isinstance(exponent, bool) or not hasattr(exponent, "__index__"):
+            return NotImplemented
+        exponent = exponent.__index__()
+        if self.in_shape != self.out_shape:
+            raise RectangularError(
+                f"Only operators from a space to itself have powers, {self!r} maps "
+                f"{describe(self.in_shape)} to {describe(self.out_shape)}."
+            )
+        if exponent < 0:
+            return self.inverse() ** (-exponent)
+        if exponent == 0:
+            return combine("identity", self)
+        result: PyTorchLinearOperator = self
+        for _ in range(exponent - 1):
+            result = result @ self
+        return result
+
+    # ---- closed forms ---------------------------------------------------------------------------
+    def trace(self) -> Tensor:
+        """Return the trace, where it is exact."""
+        raise self._missing("trace")
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal ``[D]``, where it is exact."""
+        raise self._missing("diagonal")
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the Frobenius norm, where it is exact."""
+        raise self._missing("frobenius_norm")
+
+    def slogdet(self) -> tuple[Tensor, Tensor]:
+        """Return the sign and the logarithm of the absolute value of the determinant."""
+        raise self._missing("slogdet")
+
+    def det(self) -> Tensor:
+        """Return the determinant, where it is exact."""
+        sign, logabsdet = self.slogdet()
+        return sign * logabsdet.exp()
+
+    def logdet(self) -> Tensor:
+        """Return the log-determinant: NaN if the determinant is negative, -inf if it is 0."""
+        sign, logabsdet = self.slogdet()
+        if sign.is_complex():
+            return logabsdet + sign.log()
+        return torch.where(sign < 0, torch.full_like(logabsdet, torch.nan), logabsdet)
+
+    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> PyTorchLinearOperator:
+        """Return ``(A + damping * I)⁻¹``, where it has a closed form.
+
+        Args:
+            damping: Multiple of the identity to add.
+            **strategy: How Kronecker products are damped, see
+                :meth:`~curvlinops.KroneckerProductLinearOperator.inverse`.
+        """
+        check_strategy(strategy)
+        raise self._missing("inverse")
+
+    def eigh(self) -> PyTorchLinearOperator:
+        """Return the same Hermitian operator in eigendecomposed form, where it has one.
+
+        The structure is kept: a block-diagonal operator becomes a block-diagonal one of
+        eigendecomposed blocks, P B Pᵀ stays a chain.
+        """
+        raise self._missing("eigh")
+
+    def power(self, exponent: float) -> PyTorchLinearOperator:
+        """Return a real power of a Hermitian operator through its eigendecomposition."""
+        try:
+            decomposed = self.eigh()
+        except NotImplementedError as error:
+            raise self._missing("power") from error
+        return decomposed.power(exponent)
+
+    def sqrt(self) -> PyTorchLinearOperator:
+        """Return the principal square root of a positive semi-definite operator."""
+        return self.power(0.5)
+
+    def _with_shift(self, shift: Scalar) -> PyTorchLinearOperator:
+        """Return ``A + shift * I`` in a form that has closed forms: by default eigendecomposed."""
+        return self.eigh() + shift * combine("identity", self)
+
+    def _entrywise_squares(self) -> PyTorchLinearOperator:
+        """Return the operator of the squared absolute values of the matrix's entries."""
+        raise self._missing("diagonal")
+
+    def _missing(self, form: str) -> Exception:
+        """Return the error for a closed form that the operator lacks."""
+        rows, columns = self.shape
+        if rows != columns and form != "frobenius_norm":
+            return RectangularError(
+                f"{form} needs a square matrix, but {self!r} is {rows} × {columns}."
+            )
+        return NotImplementedError(
+            f"{self!r} has no closed form of {form}: {_HINTS.get(form, 'use A.to_dense()')}."
+        )
+
+    def _check_square(self, form: str) -> None:
+        """Raise if the matrix is rectangular."""
+        if self.shape[0] != self.shape[1]:
+            raise self._missing(form)
+
+    # ---- text -----------------------------------------------------------------------------------
+    def _formula(self) -> str:
+        """Return the operator as part of a formula."""
+        return f"{type(self).__name__.removesuffix('LinearOperator')}"
+
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        return f"<{rows}×{columns} operator {self._formula()}>"
+
+
+def _leaves(item: Any) -> Iterator[Any]:
+    """Iterate over what has a floating-point dtype in a state: tensors and operators."""
+    if isinstance(item, Tensor):
+        if item.is_floating_point() or item.is_complex():
+            yield item
+    elif isinstance(item, PyTorchLinearOperator):
+        if item.dtype is not None:
+            yield item
+    elif isinstance(item, dict):
+        for value in item.values():
+            yield from _leaves(value)
+    elif type(item) in (list, tuple):
+        for value in item:
+            yield from _leaves(value)
+
+
+def _apply(operator: PyTorchLinearOperator, x: Any, leading: bool) -> Any:
+    """Multiply an operator, or from the left its transpose, onto a vector or matrix."""
+    if leading:
+        in_shape, out_shape = operator.out_shape, operator.in_shape
+        in_names, out_names = operator._out_names, operator._in_names
+    else:
+        in_shape, out_shape = operator.in_shape, operator.out_shape
+        in_names, out_names = operator._in_names, operator._out_names
+    columns, fmt = to_columns(x, in_shape, in_names, leading)
+    for attribute in ("dtype", "device"):
+        own = getattr(operator, attribute)
+        wrong = {getattr(c, attribute) for c in columns} - {own}
+        if own is not None and wrong:
+            raise ValueError(
+                f"{attribute.capitalize()} mismatch: {operator!r} has {own}, but is multiplied "
+                f"with tensors of {', '.join(map(str, wrong))}. Convert one of them with .to(...)."
+            )
+    num_columns = columns[0].shape[-1]
+    if num_columns == 0:
+        result = [columns[0].new_zeros(*shape, 0) for shape in out_shape]
+        return from_columns(result, out_shape, out_names, fmt)
+    with torch.set_grad_enabled(_Recording.enabled and torch.is_grad_enabled()):
+        if leading:
+            result = [y.conj() for y in operator._adjoint_matmat([c.conj() for c in columns])]
+        else:
+            result = operator._matmat(columns)
+        if operator._IS_PERMUTATION:  # the result must not share memory with x
+            result = [y.clone() for y in result]
+    expected = [Size((*shape, num_columns)) for shape in out_shape]
+    if [y.shape for y in result] != expected:
+        raise ValueError(
+            f"{type(operator).__name__} returned tensors of shapes "
+            f"{describe([y.shape for y in result])} instead of {describe(expected)}."
+        )
+    return from_columns(list(result), out_shape, out_names, fmt)

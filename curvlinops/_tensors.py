@@ -1,0 +1,169 @@
+"""Dense linear algebra on one matrix: dtypes of decompositions, inverses, eigendecompositions.
+
+Matrices in bfloat16 or float16 are decomposed in float32, silently: LAPACK has nothing smaller.
+float32 goes to float64 only when a decomposition fails, with a warning.
+"""
+
+from __future__ import annotations
+
+from warnings import warn
+
+import torch
+from torch import Tensor
+
+_WIDER = {
+    torch.bfloat16: torch.float32,
+    torch.float16: torch.float32,
+    torch.complex32: torch.complex64,
+}
+_DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+
+
+class NotHermitianError(ValueError):
+    """An eigendecomposition was asked of a matrix that is not Hermitian."""
+
+
+def widened(matrix: Tensor) -> Tensor:
+    """Return the matrix in a dtype that has decompositions."""
+    return matrix.to(_WIDER.get(matrix.dtype, matrix.dtype))
+
+
+def is_hermitian(matrix: Tensor) -> bool:
+    """Return whether a square matrix ``[d, d]`` equals its adjoint up to rounding."""
+    if matrix.shape[0] != matrix.shape[1]:
+        return False
+    # entries of a Gram matrix carry rounding errors of its largest entries, times sqrt(d)
+    tolerance = 10 * torch.finfo(matrix.dtype).eps * matrix.shape[0] ** 0.5
+    wide = widened(matrix)
+    asymmetry = torch.linalg.matrix_norm(wide - wide.mH)
+    return bool(asymmetry <= tolerance * torch.linalg.matrix_norm(wide))
+
+
+def add_to_diagonal(matrix: Tensor, value: complex | Tensor) -> Tensor:
+    """Return ``matrix + value * I`` as a new tensor."""
+    result = matrix.clone()
+    result.diagonal().add_(value)
+    return result
+
+
+def inverse(
+    matrix: Tensor,
+    damping: complex | Tensor = 0.0,
+    *,
+    name: str,
+    retry_double_precision: bool = True,
+    definite: bool = True,
+) -> Tensor:
+    """Return ``(matrix + damping * I)⁻¹``: by Cholesky if it is Hermitian, else by LU.
+
+    Args:
+        matrix: Square matrix ``[d, d]``.
+        damping: Multiple of the identity to add.
+        name: What the matrix is, for warnings and errors.
+        retry_double_precision: Whether to try again in double precision after a failure.
+        definite: Whether a Hermitian matrix must be positive definite; else it may be inverted by
+            LU, too.
+
+    Returns:
+        The inverse ``[d, d]`` in the matrix's dtype.
+
+    Raises:
+        RuntimeError: If the damped matrix is singular, or not positive definite where it must be.
+    """
+    damped = add_to_diagonal(widened(matrix), damping)
+    # rounding is that of the dtype before widening
+    hermitian = is_hermitian(matrix) and not isinstance(_number(damping), complex)
+    result = _try_inverse(damped, hermitian)
+    if result is None and hermitian and not definite:
+        hermitian = False
+        result = _try_inverse(damped, hermitian)
+    if result is None and retry_double_precision and damped.dtype in _DOUBLE:
+        double = _DOUBLE[damped.dtype]
+        warn(
+            f"Inverting {name} with damping {_number(damping)} failed in {damped.dtype}; "
+            f"retrying in {double}. More damping avoids this.",
+            stacklevel=2,
+        )
+        result = _try_inverse(add_to_diagonal(matrix.to(double), damping), hermitian)
+    if result is None:
+        reason = "not positive definite" if hermitian else "singular"
+        raise RuntimeError(
+            f"Cannot invert {name}: with damping {_number(damping)} it is {reason}. "
+            "Increase the damping."
+        )
+    return result.to(matrix.dtype)
+
+
+def _number(damping: complex | Tensor) -> complex:
+    """Return a damping value as a Python number, for messages."""
+    return damping.item() if isinstance(damping, Tensor) else damping
+
+
+def _try_inverse(matrix: Tensor, hermitian: bool) -> Tensor | None:
+    """Return the inverse, or None if the factorisation fails or is not finite."""
+    if hermitian:
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        result = torch.cholesky_inverse(factor) if info.item() == 0 else None
+    else:
+        result, info = torch.linalg.inv_ex(matrix)
+        result = result if info.item() == 0 else None
+    return result if result is not None and bool(result.isfinite().all()) else None
+
+
+def eigh(matrix: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues ``[d]`` and eigenvectors ``[d, d]`` of a Hermitian matrix.
+
+    Args:
+        matrix: Hermitian matrix ``[d, d]``.
+        name: What the matrix is, for warnings and errors.
+
+    Returns:
+        Ascending eigenvalues and the orthonormal eigenvectors as columns, in the matrix's dtype.
+
+    Raises:
+        ValueError: If the matrix is not finite.
+        NotHermitianError: If it is not Hermitian.
+    """
+    wide = widened(matrix)
+    if not bool(wide.isfinite().all()):
+        raise ValueError(f"Cannot eigendecompose {name}: it has non-finite entries.")
+    if not is_hermitian(matrix):
+        raise NotHermitianError(f"Cannot eigendecompose {name}: it is not Hermitian.")
+    try:
+        values, vectors = torch.linalg.eigh(wide)
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        if wide.dtype not in _DOUBLE:
+            raise
+        double = _DOUBLE[wide.dtype]
+        warn(
+            f"Eigendecomposing {name} failed in {wide.dtype}; retrying in {double}.",
+            stacklevel=2,
+        )
+        values, vectors = torch.linalg.eigh(matrix.to(double))
+    real = matrix.real.dtype if matrix.is_complex() else matrix.dtype
+    return values.to(real), vectors.to(matrix.dtype)
+
+
+def real_power(values: Tensor, exponent: float, *, name: str) -> Tensor:
+    """Return eigenvalues raised to a real power; rounding below zero counts as zero.
+
+    Raises:
+        ValueError: If the power is not defined: a non-integer power of a negative eigenvalue,
+            or a negative power of zero.
+    """
+    if values.is_complex():
+        return values**exponent
+    if exponent != int(exponent):
+        threshold = 10 * values.numel() * torch.finfo(values.dtype).eps * values.abs().max()
+        if bool((values < -threshold).any()):
+            raise ValueError(
+                f"The power {exponent} of {name} is not real: its smallest eigenvalue is "
+                f"{values.min().item():.3e}. Add a multiple of the identity."
+            )
+        values = values.clamp(min=0)
+    if exponent < 0 and bool((values == 0).any()):
+        raise ValueError(
+            f"The power {exponent} of {name} does not exist: it is singular. "
+            "Add a multiple of the identity."
+        )
+    return values**exponent

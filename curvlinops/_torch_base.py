@@ -1,0 +1,12 @@
+"""The base class of all linear operators, and the chain of operators."""
+
+from curvlinops._algebra import _ChainPyTorchLinearOperator
+from curvlinops._operator import PyTorchLinearOperator, RectangularError, record_gradients, rule
+
+__all__ = [
+    "PyTorchLinearOperator",
+    "RectangularError",
+    "_ChainPyTorchLinearOperator",
+    "record_gradients",
+    "rule",
+]

@@ -1,0 +1,196 @@
+"""Block-diagonal operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops._algebra import identity_like
+from curvlinops._formats import Columns
+from curvlinops._operator import (
+    PyTorchLinearOperator,
+    Scalar,
+    check_replacement,
+    check_same,
+    check_strategy,
+    rule,
+)
+from curvlinops._saving import saveable
+
+
+@saveable
+class BlockDiagonalLinearOperator(PyTorchLinearOperator):
+    """A block-diagonal operator; its space is the concatenation of the blocks' spaces.
+
+    It is a sequence of its blocks: it can be iterated, indexed, measured with ``len``, and blocks
+    can be replaced by others between the same spaces.
+
+    Args:
+        blocks: The blocks.
+
+    Raises:
+        ValueError: If there is no block, or blocks differ in dtype or device.
+
+    Example:
+        >>> import torch
+        >>> from curvlinops import BlockDiagonalLinearOperator, DiagonalLinearOperator
+        >>> B = BlockDiagonalLinearOperator([DiagonalLinearOperator([torch.ones(2)])] * 2)
+        >>> (B + B).trace()
+        tensor(8.)
+    """
+
+    _init_args = ("blocks",)
+
+    def __init__(self, blocks: Sequence[PyTorchLinearOperator]):
+        blocks = list(blocks)
+        if not blocks:
+            raise ValueError("A block-diagonal operator needs at least one block.")
+        for block in blocks[1:]:
+            check_same("a block-diagonal operator", blocks[0], block)
+        super().__init__(
+            [shape for block in blocks for shape in block.in_shape],
+            [shape for block in blocks for shape in block.out_shape],
+        )
+        self._blocks = blocks
+        self.SELF_ADJOINT = all(block.SELF_ADJOINT for block in blocks)
+
+    @property
+    def blocks(self) -> list[PyTorchLinearOperator]:
+        """The blocks, as a new list."""
+        return list(self._blocks)
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __iter__(self) -> Iterator[PyTorchLinearOperator]:
+        return iter(self._blocks)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._blocks[index]
+
+    def __setitem__(self, index: int, block: PyTorchLinearOperator) -> None:
+        """Replace a block by another one between the same spaces."""
+        check_replacement("a block-diagonal operator", self._blocks[index], block)
+        self._blocks[index] = block
+        self.SELF_ADJOINT = all(block.SELF_ADJOINT for block in self._blocks)
+
+    def _split(self, X: Columns, shapes: str) -> list[Columns]:
+        """Split the tensors of a space into those of each block."""
+        parts, start = [], 0
+        for block in self._blocks:
+            stop = start + len(getattr(block, shapes))
+            parts.append(X[start:stop])
+            start = stop
+        return parts
+
+    def _matmat(self, X: Columns) -> Columns:
+        pairs = zip(self._blocks, self._split(X, "in_shape"), strict=True)
+        return [y for block, x in pairs for y in block._matmat(x)]
+
+    def _adjoint(self) -> BlockDiagonalLinearOperator:
+        return self._blockwise(lambda block: block.adjoint())
+
+    def _conjugate(self) -> BlockDiagonalLinearOperator:
+        return self._blockwise(lambda block: block._conjugate())
+
+    def _blockwise(
+        self, function: Callable[[PyTorchLinearOperator], PyTorchLinearOperator]
+    ) -> BlockDiagonalLinearOperator:
+        return BlockDiagonalLinearOperator([function(block) for block in self._blocks])
+
+    # ---- closed forms, each from those of the blocks --------------------------------------------
+    def trace(self) -> Tensor:
+        """Return the sum of the blocks' traces."""
+        self._check_square_blocks("trace")
+        return torch.stack([block.trace() for block in self._blocks]).sum()
+
+    def diagonal(self) -> Tensor:
+        """Return the blocks' diagonals one after the other."""
+        self._check_square_blocks("diagonal")
+        return torch.cat([block.diagonal() for block in self._blocks])
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the root of the sum of the blocks' squared norms."""
+        norms = torch.stack([block.frobenius_norm() for block in self._blocks])
+        return torch.linalg.vector_norm(norms)
+
+    def slogdet(self) -> tuple[Tensor, Tensor]:
+        """Return the product of the blocks' signs and the sum of their logarithms."""
+        self._check_square_blocks("slogdet")
+        signs, logs = zip(*(block.slogdet() for block in self._blocks), strict=True)
+        return torch.stack(signs).prod(), torch.stack(logs).sum()
+
+    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> BlockDiagonalLinearOperator:
+        """Return the operator of the blocks' damped inverses.
+
+        Args:
+            damping: The damping of every block.
+            **strategy: How blocks that are Kronecker products are damped, see
+                :meth:`~curvlinops.KroneckerProductLinearOperator.inverse`. Other blocks get
+                ``+ damping * I`` whatever the strategy.
+        """
+        check_strategy(strategy)
+        self._check_square_blocks("inverse")
+        return self._blockwise(lambda block: block.inverse(damping, **strategy))
+
+    def eigh(self) -> BlockDiagonalLinearOperator:
+        """Return the operator of the blocks in eigendecomposed form."""
+        self._check_square_blocks("eigh")
+        return self._blockwise(lambda block: block.eigh())
+
+    def power(self, exponent: float) -> BlockDiagonalLinearOperator:
+        """Return the operator of the blocks' powers."""
+        self._check_square_blocks("power")
+        return self._blockwise(lambda block: block.power(exponent))
+
+    def _entrywise_squares(self) -> BlockDiagonalLinearOperator:
+        return self._blockwise(lambda block: block._entrywise_squares())
+
+    def _check_square_blocks(self, form: str) -> None:
+        """Raise if a block is rectangular."""
+        if any(block.shape[0] != block.shape[1] for block in self._blocks):
+            raise self._missing(form)
+
+    def _formula(self) -> str:
+        if len(self) > 4:
+            first, last = self._blocks[0]._formula(), self._blocks[-1]._formula()
+            return f"BlockDiag({first}, … {len(self) - 2} more …, {last})"
+        return f"BlockDiag({', '.join(block._formula() for block in self._blocks)})"
+
+
+@rule("matmul", BlockDiagonalLinearOperator, BlockDiagonalLinearOperator)
+def _multiply(
+    left: BlockDiagonalLinearOperator, right: BlockDiagonalLinearOperator
+) -> PyTorchLinearOperator:
+    """The product of block-diagonal operators with fitting blocks is that of the blocks."""
+    if [b.in_shape for b in left] != [b.out_shape for b in right]:
+        return NotImplemented
+    return BlockDiagonalLinearOperator([a @ b for a, b in zip(left, right, strict=True)])
+
+
+@rule("add", BlockDiagonalLinearOperator, BlockDiagonalLinearOperator)
+def _add(
+    left: BlockDiagonalLinearOperator, right: BlockDiagonalLinearOperator
+) -> PyTorchLinearOperator:
+    """The sum of block-diagonal operators with fitting blocks is that of the blocks."""
+    spaces = [[(b.in_shape, b.out_shape) for b in operator] for operator in (left, right)]
+    if spaces[0] != spaces[1]:
+        return NotImplemented
+    return BlockDiagonalLinearOperator([a + b for a, b in zip(left, right, strict=True)])
+
+
+@rule("scale", BlockDiagonalLinearOperator, object)
+def _scale(a: BlockDiagonalLinearOperator, scalar: Scalar) -> PyTorchLinearOperator:
+    """A multiple is the operator of the blocks' multiples."""
+    return a._blockwise(lambda block: scalar * block)
+
+
+@rule("shift", BlockDiagonalLinearOperator, object)
+def _shift(a: BlockDiagonalLinearOperator, shift: Scalar) -> PyTorchLinearOperator:
+    """Adding a multiple of the identity adds it to every block."""
+    if any(block.in_shape != block.out_shape for block in a):
+        return NotImplemented
+    return a._blockwise(lambda block: block + shift * identity_like(block))

@@ -1,0 +1,1 @@
+"""How Kronecker factors are gathered: collectors, statistics, the table of layers."""

@@ -1,0 +1,97 @@
+"""The loss vectors that KFAC back-propagates: what each Fisher type means, and mixed loss terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops._random import RandomSource
+from curvlinops.kfac_utils import FisherType
+from curvlinops.risk import Loss
+
+_CHUNK_ENTRIES = 2**22  # entries of Hessian root columns made at once
+
+
+def check_terms(num_terms: int, num_examples: int, expected: int | None) -> int:
+    """Return the number of loss terms per example, R.
+
+    Raises:
+        ValueError: If examples have different numbers of terms, or not as many as expected.
+    """
+    if num_terms % num_examples:
+        raise ValueError(
+            f"A batch of {num_examples} examples has {num_terms} loss terms: every example must "
+            "have the same number. Check batch_size_fn."
+        )
+    per_example = num_terms // num_examples
+    if expected is not None and per_example != expected:
+        raise ValueError(
+            f"num_per_example_loss_terms={expected}, but the examples have {per_example} loss "
+            "terms each."
+        )
+    return per_example
+
+
+def loss_vectors(
+    loss: Loss,
+    F: Tensor,
+    targets: Any,
+    *,
+    fisher_type: FisherType,
+    mc_samples: int,
+    per_example: int,
+    loss_terms: str,
+    random: RandomSource,
+    first_term: int,
+) -> Iterator[Tensor]:
+    """Yield vectors v ``[m, C]`` whose second moment, summed over v, is the loss curvature.
+
+    Terms of one example are independent: products of back-propagated vectors must not mix them.
+    Monte-Carlo vectors have independent terms by themselves. The others are multiplied by random
+    signs, ``E[s_m s_m'] = δ_mm'``, or split into R vectors with one term per example.
+
+    Args:
+        loss: The loss entry.
+        F: Predictions ``[m, C]``.
+        targets: Targets of the loss terms.
+        fisher_type: Which vectors.
+        mc_samples: Number of Monte-Carlo samples.
+        per_example: Number of loss terms per example, R.
+        loss_terms: ``"signs"`` or ``"exact"``.
+        random: Source of random numbers.
+        first_term: Index of the first loss term in the whole data.
+    """
+    num_terms, num_classes = F.shape
+    if fisher_type is FisherType.FORWARD_ONLY:
+        return
+    if fisher_type is FisherType.MC:
+        draws = loss.draws(num_classes)
+        uniforms = random.uniforms("samples", first_term, num_terms, mc_samples * draws)
+        for sample in uniforms.reshape(num_terms, mc_samples, draws).split(1, dim=1):
+            yield loss.sample(F, targets, sample)[0] / mc_samples**0.5
+        return
+    if fisher_type is FisherType.TYPE2:
+        num_vectors = loss.num_columns(num_classes)
+        chunk = max(1, _CHUNK_ENTRIES // F.numel())
+        vectors: Iterator[Tensor] = (
+            column
+            for start in range(0, num_vectors, chunk)
+            for column in loss.root_columns(F, targets, slice(start, start + chunk))
+        )
+    else:
+        num_vectors = 1
+        vectors = iter([loss.grad(F, targets)])
+    if per_example == 1:
+        yield from vectors
+    elif loss_terms == "signs":
+        signs = random.signs("signs", first_term, num_terms, num_vectors).to(F.device, F.dtype)
+        for vector, sign in zip(vectors, signs.T, strict=True):
+            yield sign.unsqueeze(-1) * vector
+    else:
+        position = torch.arange(num_terms, device=F.device) % per_example  # [m]
+        for vector in vectors:
+            for index in range(per_example):
+                yield vector * (position == index).unsqueeze(-1)

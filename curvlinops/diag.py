@@ -1,0 +1,148 @@
+"""Diagonal operators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops import _tensors
+from curvlinops._formats import Columns
+from curvlinops._operator import PyTorchLinearOperator, Scalar, check_strategy, rule
+from curvlinops._saving import saveable
+
+
+@saveable
+class DiagonalLinearOperator(PyTorchLinearOperator):
+    """A diagonal matrix on a space of tensors.
+
+    Sums, products, quotients, scalings, shifts and inverses of diagonal operators are diagonal.
+
+    Args:
+        diagonal: A list of tensors, the diagonal in the shape of the space (or one tensor).
+
+    Raises:
+        ValueError: If the list is empty, or its tensors differ in dtype or device.
+
+    Example:
+        >>> import torch
+        >>> from curvlinops import DiagonalLinearOperator
+        >>> D = DiagonalLinearOperator([torch.tensor([1.0, 2.0]), torch.tensor([[4.0]])])
+        >>> (D @ D.inverse(damping=1.0)).diagonal()
+        tensor([0.5000, 0.6667, 0.8000])
+    """
+
+    def __init__(self, diagonal: Sequence[Tensor] | Tensor):
+        entries = [diagonal] if isinstance(diagonal, Tensor) else list(diagonal)
+        super().__init__([d.shape for d in entries], [d.shape for d in entries])
+        if len({(d.dtype, d.device) for d in entries}) > 1:
+            raise ValueError("The tensors of a diagonal operator must share dtype and device.")
+        self._entries = entries
+        self.SELF_ADJOINT = not entries[0].is_complex()
+
+    def _state(self) -> dict[str, Any]:
+        return {"diagonal": self._entries}
+
+    @classmethod
+    def _from_state(cls, state: dict[str, Any]) -> DiagonalLinearOperator:
+        return DiagonalLinearOperator(state["diagonal"])
+
+    def tensors(self) -> list[Tensor]:
+        """Return the diagonal as tensors in the shape of the space."""
+        return list(self._entries)
+
+    def _matmat(self, X: Columns) -> Columns:
+        return [d.unsqueeze(-1) * x for d, x in zip(self._entries, X, strict=True)]
+
+    def _adjoint(self) -> DiagonalLinearOperator:
+        return self._conjugate()
+
+    def _conjugate(self) -> DiagonalLinearOperator:
+        return DiagonalLinearOperator([d.conj() for d in self._entries])
+
+    def trace(self) -> Tensor:
+        """Return the sum of the entries."""
+        return self.diagonal().sum()
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal ``[D]``."""
+        return torch.cat([d.flatten() for d in self._entries])
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the norm of the diagonal."""
+        return torch.linalg.vector_norm(self.diagonal())
+
+    def slogdet(self) -> tuple[Tensor, Tensor]:
+        """Return sign and logarithm of the product of the entries."""
+        diagonal = self.diagonal()
+        return diagonal.sgn().prod(), diagonal.abs().log().sum()
+
+    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> DiagonalLinearOperator:
+        """Return ``(D + damping * I)⁻¹``.
+
+        Raises:
+            RuntimeError: If an entry plus damping is zero.
+        """
+        check_strategy(strategy)
+        shifted = [d + damping for d in self._entries]
+        if any(bool((d == 0).any()) for d in shifted):
+            raise RuntimeError(
+                f"Cannot invert {self!r}: with damping {damping} it has zeros on its diagonal. "
+                "Increase the damping."
+            )
+        return DiagonalLinearOperator([1 / d for d in shifted])
+
+    def eigh(self) -> PyTorchLinearOperator:
+        """Return itself: its eigenvectors are the coordinate axes."""
+        if any(d.is_complex() and bool(d.imag.any()) for d in self._entries):
+            raise _tensors.NotHermitianError(f"{self!r} is complex and not Hermitian.")
+        return self
+
+    def power(self, exponent: float) -> DiagonalLinearOperator:
+        """Return the entry-wise power."""
+        power = [_tensors.real_power(d, exponent, name=repr(self)) for d in self._entries]
+        return DiagonalLinearOperator(power)
+
+    def _entrywise_squares(self) -> DiagonalLinearOperator:
+        return DiagonalLinearOperator([d.abs() ** 2 for d in self._entries])
+
+    def __truediv__(self, value: Any) -> Any:
+        """Divide by a scalar, or entry-wise by another diagonal operator."""
+        if isinstance(value, DiagonalLinearOperator):
+            return self @ value.inverse()
+        return super().__truediv__(value)
+
+    def _formula(self) -> str:
+        return f"Diag({self.shape[0]})"
+
+
+def _pairwise(function: Any, a: DiagonalLinearOperator, b: DiagonalLinearOperator) -> Any:
+    """Combine two diagonals tensor by tensor."""
+    pairs = zip(a.tensors(), b.tensors(), strict=True)
+    return DiagonalLinearOperator([function(x, y) for x, y in pairs])
+
+
+@rule("add", DiagonalLinearOperator, DiagonalLinearOperator)
+def _add(a: DiagonalLinearOperator, b: DiagonalLinearOperator) -> DiagonalLinearOperator:
+    """The sum of diagonal operators is the diagonal operator of the sums."""
+    return _pairwise(torch.add, a, b)
+
+
+@rule("matmul", DiagonalLinearOperator, DiagonalLinearOperator)
+def _multiply(a: DiagonalLinearOperator, b: DiagonalLinearOperator) -> DiagonalLinearOperator:
+    """The product of diagonal operators is the diagonal operator of the products."""
+    return _pairwise(torch.mul, a, b)
+
+
+@rule("scale", DiagonalLinearOperator, object)
+def _scale(a: DiagonalLinearOperator, scalar: Scalar) -> DiagonalLinearOperator:
+    """A multiple of a diagonal operator is diagonal."""
+    return DiagonalLinearOperator([scalar * d for d in a.tensors()])
+
+
+@rule("shift", DiagonalLinearOperator, object)
+def _shift(a: DiagonalLinearOperator, shift: Scalar) -> DiagonalLinearOperator:
+    """Adding a multiple of the identity shifts the diagonal."""
+    return DiagonalLinearOperator([d + shift for d in a.tensors()])

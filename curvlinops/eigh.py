@@ -1,0 +1,194 @@
+"""Operators in eigendecomposed form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops import _tensors
+from curvlinops._formats import Columns, concatenate, split_flat
+from curvlinops._operator import (
+    PyTorchLinearOperator,
+    Scalar,
+    check_strategy,
+    is_real,
+    operation,
+    rule,
+)
+from curvlinops._saving import saveable
+from curvlinops.dense import TensorLinearOperator
+
+
+@saveable
+class EighDecomposedLinearOperator(PyTorchLinearOperator):
+    """An operator in eigendecomposed form, ``Q diag(λ) Qᴴ`` with a unitary Q.
+
+    Args:
+        eigenvalues: Tensor λ ``[D]``, in any order.
+        eigenvectors: The eigenvectors as columns: a tensor ``[D, D]``, or a square operator, for
+            instance a Kronecker product. It is trusted to be unitary.
+
+    Raises:
+        ValueError: If the shapes, dtypes or devices do not fit.
+
+    Example:
+        >>> import torch
+        >>> from curvlinops import EighDecomposedLinearOperator
+        >>> A = EighDecomposedLinearOperator(*torch.linalg.eigh(torch.eye(2) + torch.ones(2, 2)))
+        >>> print(A.power(0.5).trace().round(decimals=3))
+        tensor(2.7320)
+    """
+
+    def __init__(self, eigenvalues: Tensor, eigenvectors: Tensor | PyTorchLinearOperator):
+        if isinstance(eigenvectors, Tensor):
+            if eigenvectors.ndim != 2:
+                raise ValueError(f"Eigenvectors must be 2D, got shape {list(eigenvectors.shape)}.")
+            basis: PyTorchLinearOperator = TensorLinearOperator(eigenvectors)
+        else:
+            basis = eigenvectors
+        if basis.shape[0] != basis.shape[1]:
+            raise ValueError(f"Eigenvectors must be square, got {list(basis.shape)}.")
+        super().__init__(basis.out_shape, basis.out_shape)
+        self.eigenvectors = eigenvectors
+        self._basis = basis
+        self.eigenvalues = eigenvalues
+
+    def _state(self) -> dict[str, Any]:
+        return {"eigenvalues": self._eigenvalues, "eigenvectors": self.eigenvectors}
+
+    @classmethod
+    def _from_state(cls, state: dict[str, Any]) -> EighDecomposedLinearOperator:
+        return cls(state["eigenvalues"], state["eigenvectors"])
+
+    @property
+    def _in_names(self) -> list[str] | None:
+        return self._basis._out_names
+
+    @property
+    def _out_names(self) -> list[str] | None:
+        return self._basis._out_names
+
+    @property
+    def eigenvalues(self) -> Tensor:
+        """The eigenvalues ``[D]``; can be replaced by others of the same shape."""
+        return self._eigenvalues
+
+    @eigenvalues.setter
+    def eigenvalues(self, values: Tensor) -> None:
+        if values.ndim != 1:
+            raise ValueError(f"Eigenvalues must be 1D, got shape {list(values.shape)}.")
+        basis = self._basis
+        if values.shape[0] != basis.shape[1]:
+            raise ValueError(
+                f"Incompatible shapes: {values.shape[0]} eigenvalues for eigenvectors of shape "
+                f"{list(basis.shape)}."
+            )
+        dtypes = {values.dtype}
+        if basis.dtype is not None and basis.dtype.is_complex:
+            dtypes = {values.dtype, values.dtype.to_complex()}
+        if basis.dtype is not None and basis.dtype not in dtypes:
+            raise ValueError(
+                f"Dtype mismatch: eigenvalues of {values.dtype}, eigenvectors of {basis.dtype}."
+            )
+        if basis.device is not None and values.device != basis.device:
+            raise ValueError(
+                f"Device mismatch: eigenvalues on {values.device}, eigenvectors on {basis.device}."
+            )
+        self._eigenvalues = values
+        self.SELF_ADJOINT = not values.is_complex()
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of the eigenvectors."""
+        return self._basis.dtype or self._eigenvalues.dtype
+
+    def _matmat(self, X: Columns) -> Columns:
+        coordinates = concatenate(self._basis._adjoint_matmat(X))  # [D, K]
+        scaled = self._eigenvalues.unsqueeze(-1) * coordinates
+        return self._basis._matmat(split_flat(scaled, self._basis.in_shape))
+
+    def _adjoint(self) -> EighDecomposedLinearOperator:
+        return self._with(self._eigenvalues.conj())
+
+    def _conjugate(self) -> EighDecomposedLinearOperator:
+        if self.dtype is not None and not self.dtype.is_complex:
+            return self
+        conjugate = self._basis._conjugate()
+        vectors = conjugate.matrix if isinstance(conjugate, TensorLinearOperator) else conjugate
+        return EighDecomposedLinearOperator(self._eigenvalues.conj(), vectors)
+
+    def _with(self, eigenvalues: Tensor) -> EighDecomposedLinearOperator:
+        """Return an operator with the same eigenvectors."""
+        return EighDecomposedLinearOperator(eigenvalues, self.eigenvectors)
+
+    def _in_own_dtype(self, value: Tensor) -> Tensor:
+        return value if self.dtype is None else value.to(self.dtype)
+
+    def trace(self) -> Tensor:
+        """Return the sum of the eigenvalues."""
+        return self._in_own_dtype(self._eigenvalues.sum())
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal, ``Σ_j |Q_ij|² λ_j``, without forming the matrix."""
+        squares = self._basis._entrywise_squares()
+        values = self._eigenvalues
+        if values.is_complex():
+            return torch.complex(squares @ values.real, squares @ values.imag)
+        return self._in_own_dtype(squares @ values)
+
+    def frobenius_norm(self) -> Tensor:
+        """Return the norm of the eigenvalues."""
+        return torch.linalg.vector_norm(self._eigenvalues)
+
+    def slogdet(self) -> tuple[Tensor, Tensor]:
+        """Return sign and logarithm of the product of the eigenvalues."""
+        values = self._eigenvalues
+        return self._in_own_dtype(values.sgn().prod()), values.abs().log().sum()
+
+    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> EighDecomposedLinearOperator:
+        """Return ``Q diag(1 / (λ + damping)) Qᴴ``.
+
+        Raises:
+            RuntimeError: If an eigenvalue plus damping is zero.
+        """
+        check_strategy(strategy)
+        shifted = self._eigenvalues + damping
+        if bool((shifted == 0).any()):
+            raise RuntimeError(
+                f"Cannot invert {self!r}: with damping {damping} it has eigenvalues 0. "
+                "Increase the damping."
+            )
+        return self._with(1 / shifted)
+
+    def eigh(self) -> EighDecomposedLinearOperator:
+        """Return itself."""
+        return self
+
+    def power(self, exponent: float) -> EighDecomposedLinearOperator:
+        """Return ``Q diag(λᵖ) Qᴴ``."""
+        return self._with(_tensors.real_power(self._eigenvalues, exponent, name=repr(self)))
+
+    def _formula(self) -> str:
+        return f"Eigh({self._basis._formula()})"
+
+
+@rule("scale", EighDecomposedLinearOperator, object)
+def _scale(a: EighDecomposedLinearOperator, scalar: Scalar) -> PyTorchLinearOperator:
+    """A multiple has the same eigenvectors and multiplied eigenvalues."""
+    if not is_real(scalar) and not (a.dtype is not None and a.dtype.is_complex):
+        return NotImplemented
+    return a._with(scalar * a.eigenvalues)
+
+
+@rule("shift", EighDecomposedLinearOperator, object)
+def _shift(a: EighDecomposedLinearOperator, shift: Scalar) -> PyTorchLinearOperator:
+    """Adding a multiple of the identity shifts the eigenvalues."""
+    return a._with(a.eigenvalues + shift)
+
+
+@operation("eigh")
+def _decompose(operator: TensorLinearOperator, _: None = None) -> EighDecomposedLinearOperator:
+    """Return a dense Hermitian operator in eigendecomposed form."""
+    return EighDecomposedLinearOperator(*_tensors.eigh(operator.matrix, name=repr(operator)))

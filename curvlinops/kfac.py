@@ -1,0 +1,199 @@
+"""Kronecker-factored approximate curvature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from curvlinops._operator import PyTorchLinearOperator
+from curvlinops._saving import saveable
+from curvlinops._torch_base import _ChainPyTorchLinearOperator
+from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
+from curvlinops.computers._base import KFACComputer
+from curvlinops.computers.kfac_hooks import HooksKFACComputer
+from curvlinops.computers.report import check_finite, describe_groups, format_summary
+from curvlinops.curvature import CurvatureLinearOperator
+from curvlinops.kfac_utils import FisherType, FromCanonicalLinearOperator, KFACType
+from curvlinops.kronecker import Factor, KroneckerProductLinearOperator
+from curvlinops.risk.model import ModelFunction
+
+
+@saveable
+class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
+    r"""Kronecker-factored approximation (KFAC) of the GGN or Fisher, as the chain P @ B @ Pᵀ.
+
+    P is the permutation from a canonical form to the parameters, and B is block diagonal with one
+    block :math:`B_l \otimes A_l` for the weight of layer :math:`l`, or for weight and bias jointly,
+    and :math:`B_l` for a bias alone:
+
+    .. math::
+        A_l = \frac{1}{S_\text{total}} \sum_{n, s} a_{n, s} a_{n, s}^\top, \qquad
+        B_l = c \sum_m \sum_v \sum_s g_{m, v, s} g_{m, v, s}^\top,
+
+    with the layer's inputs :math:`a` (a 1 appended for a joint bias), and the gradients :math:`g`
+    of its outputs when the vectors :math:`v` are back-propagated (Martens & Grosse, 2015,
+    "Optimizing neural networks with Kronecker-factored approximate curvature"; Grosse & Martens,
+    2016, for convolutions; Eschenhagen et al., 2023, for expand and reduce). Inputs and output
+    gradients come with S positions per example that share the weights: pixels, tokens.
+
+    Factors are computed once, in the constructor, in one pass over the data. ``P, B, PT = K``
+    unpacks the chain. All closed forms (``trace``, ``det``, ``logdet``, ``frobenius_norm``,
+    ``diagonal``, ``inverse``, ``eigh``, ``power``, ...) are those of the small factors.
+
+    The arguments up to ``check_deterministic``, ``num_data`` and ``batch_size_fn`` are those of
+    :class:`~curvlinops.CurvatureLinearOperator`.
+
+    Args:
+        seed: Fixes all random numbers, together with the index of a loss term in the data.
+        fisher_type: Which vectors are back-propagated, see :class:`~curvlinops.FisherType`.
+        mc_samples: Number of samples per loss term, for ``fisher_type="mc"``.
+        kfac_approx: How positions are treated, see :class:`~curvlinops.KFACType`.
+        num_per_example_loss_terms: The number of loss terms per example, which is then checked.
+        separate_weight_and_bias: Whether the weight and bias of a layer have separate blocks.
+        backend: How factors are gathered: ``"hooks"`` on the layers of an ``nn.Module``.
+        loss_terms: How the independent loss terms of an example (tokens, pixels) are kept apart,
+            for ``"type-2"`` and ``"empirical"``: ``"signs"`` multiplies each by a random sign,
+            which is unbiased (and exact where positions do not mix); ``"exact"`` back-propagates
+            one after the other.
+        max_factor_size: A wider factor keeps its diagonal only.
+
+    Raises:
+        NotImplementedError: If parameters are not in supported layers, or are used where the
+            backend does not see it.
+        RuntimeError: If factors have non-finite values.
+
+    Example:
+        >>> import torch
+        >>> from curvlinops import KFACLinearOperator
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> data = [(torch.rand(4, 2), torch.tensor([0, 1, 0, 1]))]
+        >>> params = dict(model.named_parameters())
+        >>> K = KFACLinearOperator(model, nn.CrossEntropyLoss(), params, data)
+        >>> gradient = [torch.rand_like(p) for p in params.values()]
+        >>> natural_gradient = K.inverse(damping=1e-2, use_heuristic_damping=True) @ gradient
+    """
+
+    SELF_ADJOINT = True
+    _BACKENDS: ClassVar[dict[str, type[KFACComputer]]] = {"hooks": HooksKFACComputer}
+
+    def __init__(
+        self,
+        model_func: ModelFunction,
+        loss_func: Callable[[Any, Any], Tensor],
+        params: dict[str, Tensor],
+        data: Iterable[Any],
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        seed: int = 2147483647,
+        fisher_type: FisherType | str = FisherType.MC,
+        mc_samples: int = 1,
+        kfac_approx: KFACType | str = KFACType.EXPAND,
+        num_per_example_loss_terms: int | None = None,
+        separate_weight_and_bias: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        backend: str = "hooks",
+        *,
+        loss_terms: str = "signs",
+        max_factor_size: int = 8192,
+    ):
+        if backend not in self._BACKENDS:
+            raise ValueError(f"backend must be one of {sorted(self._BACKENDS)}, got {backend!r}.")
+        computer = self._BACKENDS[backend](
+            model_func,
+            loss_func,
+            params,
+            data,
+            progressbar=progressbar,
+            check_deterministic=check_deterministic,
+            seed=seed,
+            fisher_type=fisher_type,
+            mc_samples=mc_samples,
+            kfac_approx=kfac_approx,
+            num_per_example_loss_terms=num_per_example_loss_terms,
+            separate_weight_and_bias=separate_weight_and_bias,
+            num_data=num_data,
+            batch_size_fn=batch_size_fn,
+            loss_terms=loss_terms,
+            max_factor_size=max_factor_size,
+        )
+        input_factors, gradient_factors, mapping = computer.compute()
+        blocks: list[PyTorchLinearOperator] = []
+        for group in mapping:
+            key = tuple(group.values())
+            check_finite(key, input_factors.get(key), gradient_factors[key])
+            inputs = [input_factors[key]] if key in input_factors else []
+            blocks.append(KroneckerProductLinearOperator(gradient_factors[key], *inputs))
+        shapes = {name: p.shape for name, p in computer.risk.params.items()}
+        device, dtype = computer.risk.device, computer.risk.dtype
+        layouts = [plan.layout for plan in computer.plans]
+        P = FromCanonicalLinearOperator(shapes, mapping, device, dtype, layouts)
+        options = {
+            "fisher_type": str(computer.fisher_type),
+            "kfac_approx": str(computer.kfac_approx),
+        }
+        self._assemble(
+            [P, BlockDiagonalLinearOperator(blocks), P.adjoint()],
+            {"options": options, "groups": describe_groups(computer.plans)},
+        )
+
+    def _assemble(self, operators: list[PyTorchLinearOperator], report: dict[str, Any]) -> None:
+        """Set up the chain P, B, Pᵀ, and what :meth:`summary` tells."""
+        _ChainPyTorchLinearOperator.__init__(self, *operators)
+        self._report = report
+
+    def _state(self) -> dict[str, Any]:
+        return {"operators": self._operators, "report": self._report}
+
+    @classmethod
+    def _from_state(cls, state: dict[str, Any]) -> KFACLinearOperator:
+        operator = cls.__new__(cls)
+        operator._assemble(state["operators"], state["report"])
+        return operator
+
+    @property
+    def _operator(self) -> _ChainPyTorchLinearOperator:
+        """The plain chain P @ B @ Pᵀ."""
+        return _ChainPyTorchLinearOperator(*self._operators)
+
+    @property
+    def mapping(self) -> list[dict[str, str]]:
+        """The groups of parameters (role to name), one for each block of B."""
+        return [dict(entry["group"]) for entry in self._report["groups"]]
+
+    def block(self, name: str) -> PyTorchLinearOperator:
+        """Return the block of B that a parameter belongs to.
+
+        Args:
+            name: The parameter's name.
+
+        Returns:
+            The block, in canonical form: the weight as ``[d_out, d_in]``, row-major, with a joint
+            bias as last column.
+        """
+        for group, block in zip(self.mapping, self._operators[1], strict=True):  # type: ignore[call-overload]
+            if name in group.values():
+                return block
+        known = [name for group in self.mapping for name in group.values()]
+        raise ValueError(f"There is no parameter {name!r}. Parameters: {known}.")
+
+    def factors(self, name: str) -> list[Factor]:
+        """Return the Kronecker factors of a parameter's block.
+
+        Args:
+            name: The parameter's name.
+
+        Returns:
+            The gradient factor, then the input factor, which the block of a bias alone lacks.
+        """
+        return list(self.block(name))  # type: ignore[call-overload]
+
+    def summary(self) -> str:
+        """Return a table of what each parameter got: its layer, factors, and approximations."""
+        return format_summary(self._report, list(self._operators[1]))  # type: ignore[call-overload]
+
+    def _formula(self) -> str:
+        return type(self).__name__.removesuffix("LinearOperator")

@@ -1,0 +1,368 @@
+"""Kronecker products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops import _tensors
+from curvlinops._algebra import IdentityLinearOperator
+from curvlinops._formats import Columns
+from curvlinops._operator import (
+    PyTorchLinearOperator,
+    Scalar,
+    check_replacement,
+    check_same,
+    check_strategy,
+    rule,
+)
+from curvlinops._saving import saveable
+from curvlinops.dense import TensorLinearOperator
+from curvlinops.diag import DiagonalLinearOperator
+from curvlinops.eigh import EighDecomposedLinearOperator
+
+Factor = Tensor | PyTorchLinearOperator
+
+
+@saveable
+class KroneckerProductLinearOperator(PyTorchLinearOperator):
+    """The Kronecker product of matrices, ``S₁ ⊗ S₂ ⊗ …``, on flat vectors.
+
+    The product is never formed: factors are applied to the axes of the reshaped vector one after
+    the other, those first that shrink it most. The operator is a sequence of its factors: it can
+    be iterated, indexed, measured with ``len``, and factors can be replaced by others of the same
+    shape, dtype and device.
+
+    Args:
+        *factors: Tensors ``[m_i, n_i]``, real or complex, or diagonal or identity operators.
+
+    Raises:
+        ValueError: If there is no factor, one is not a matrix, or they differ in dtype or device.
+
+    Example:
+        >>> import torch
+        >>> from curvlinops import KroneckerProductLinearOperator
+        >>> A, B = torch.rand(2, 2), torch.rand(3, 3)
+        >>> K = KroneckerProductLinearOperator(A, B)
+        >>> torch.allclose(K @ torch.eye(6), torch.kron(A, B))
+        True
+        >>> torch.allclose(K.trace(), A.trace() * B.trace())
+        True
+    """
+
+    def __init__(self, *factors: Factor):
+        if not factors:
+            raise ValueError("A Kronecker product needs at least one factor.")
+        operators = [_as_operator(factor) for factor in factors]
+        for op in operators[1:]:
+            check_same("a Kronecker product", operators[0], op)
+        rows, columns = (prod(op.shape[axis] for op in operators) for axis in (0, 1))
+        super().__init__([(columns,)], [(rows,)])
+        self._factors = list(factors)
+
+    def _state(self) -> dict[str, Any]:
+        return {"factors": self._factors}
+
+    @classmethod
+    def _from_state(cls, state: dict[str, Any]) -> KroneckerProductLinearOperator:
+        return cls(*state["factors"])
+
+    # ---- a sequence of factors ----------------------------------------------------------------
+    def __len__(self) -> int:
+        return len(self._factors)
+
+    def __iter__(self) -> Iterator[Factor]:
+        return iter(self._factors)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._factors[index]
+
+    def __setitem__(self, index: int, factor: Factor) -> None:
+        """Replace a factor by another one of the same shape, dtype and device."""
+        check_replacement(
+            "a Kronecker product", _as_operator(self._factors[index]), _as_operator(factor)
+        )
+        self._factors[index] = factor
+
+    @property
+    def _operators(self) -> list[PyTorchLinearOperator]:
+        return [_as_operator(factor) for factor in self._factors]
+
+    # ---- products -------------------------------------------------------------------------------
+    def _matmat(self, X: Columns) -> Columns:
+        (x,) = X
+        operators = self._operators
+        num_columns = x.shape[-1]
+        # columns go first: the last factor is then one matrix product for all columns
+        dims = [op.shape[1] for op in operators]
+        tensor = x.T.reshape(num_columns, *dims)
+        # the cheapest order of products along different axes, by an exchange argument
+        order = sorted(
+            range(len(operators)),
+            key=lambda i: 1 / max(operators[i].shape[1], 1) - 1 / max(operators[i].shape[0], 1),
+        )
+        for index in order:
+            tensor = _apply_along(operators[index], tensor, index + 1)
+        return [tensor.reshape(num_columns, -1).T]
+
+    def _adjoint(self) -> KroneckerProductLinearOperator:
+        return KroneckerProductLinearOperator(
+            *(f.mH if isinstance(f, Tensor) else f.adjoint() for f in self._factors)
+        )
+
+    def _conjugate(self) -> KroneckerProductLinearOperator:
+        if self.dtype is not None and not self.dtype.is_complex:
+            return self
+        return KroneckerProductLinearOperator(
+            *(f.conj() if isinstance(f, Tensor) else f._conjugate() for f in self._factors)
+        )
+
+    # ---- closed forms ---------------------------------------------------------------------------
+    def trace(self) -> Tensor:
+        """Return ``Π tr(S_i)``."""
+        self._check_square_factors("trace")
+        return _product([op.trace() for op in self._operators])
+
+    def diagonal(self) -> Tensor:
+        """Return the Kronecker product of the factors' diagonals."""
+        self._check_square_factors("diagonal")
+        first, *rest = [op.diagonal() for op in self._operators]
+        for diagonal in rest:
+            first = torch.kron(first, diagonal)
+        return first
+
+    def frobenius_norm(self) -> Tensor:
+        """Return ``Π ‖S_i‖``."""
+        return _product([op.frobenius_norm() for op in self._operators])
+
+    def slogdet(self) -> tuple[Tensor, Tensor]:
+        """Return sign ``Π sign(det S_i)^(D / d_i)`` and logarithm ``Σ (D / d_i) log|det S_i|``."""
+        self._check_square_factors("slogdet")
+        dim = self.shape[0]
+        signs, logs = [], []
+        for op in self._operators:
+            sign, logabsdet = op.slogdet()
+            exponent = dim // op.shape[0]
+            signs.append(sign**exponent)
+            logs.append(exponent * logabsdet)
+        return _product(signs), torch.stack(logs).sum()
+
+    def inverse(  # type: ignore[override]  # the base's **strategy, spelled out
+        self,
+        damping: Scalar = 0.0,
+        use_heuristic_damping: bool = False,
+        min_damping: float = 1e-8,
+        use_exact_damping: bool = False,
+        retry_double_precision: bool = True,
+    ) -> PyTorchLinearOperator:
+        r"""Return the inverse of the damped Kronecker product.
+
+        Three ways to damp :math:`S_1 \otimes S_2` with :math:`\delta`:
+
+        - plain: :math:`(S_1 + \delta I)^{-1} \otimes (S_2 + \delta I)^{-1}`, for any number of
+          factors;
+        - heuristic (section 6.3 of Martens & Grosse, 2015, "Optimizing neural networks with
+          Kronecker-factored approximate curvature"): with the mean eigenvalues
+          :math:`m_i = \mathrm{tr}(S_i) / d_i`, the damping is
+          :math:`\max(\sqrt{\delta m_1 / m_2}, \text{min\_damping})` for :math:`S_1` and
+          :math:`\max(\sqrt{\delta m_2 / m_1}, \text{min\_damping})` for :math:`S_2`; a single
+          factor gets :math:`\max(\delta, \text{min\_damping})`;
+        - exact: :math:`(S_1 \otimes S_2 + \delta I)^{-1}` through the factors'
+          eigendecompositions, returned in eigendecomposed form.
+
+        Hermitian factors are inverted by Cholesky, others by LU.
+
+        Args:
+            damping: The damping :math:`\delta`.
+            use_heuristic_damping: Whether to use the heuristic; for at most two factors.
+            min_damping: The smallest damping that the heuristic gives a factor.
+            use_exact_damping: Whether to damp the product rather than its factors.
+            retry_double_precision: Whether a Cholesky decomposition that fails in float32 is
+                retried in float64, with a warning.
+
+        Returns:
+            The inverse, with the same closed forms.
+
+        Raises:
+            ValueError: If both flags are set, or the heuristic meets more than two factors.
+            RuntimeError: If a damped factor is not positive definite, or the heuristic finds a
+                negative mean eigenvalue; the message names the factor.
+        """
+        flags = {
+            "use_heuristic_damping": use_heuristic_damping,
+            "use_exact_damping": use_exact_damping,
+        }
+        check_strategy(flags)
+        self._check_square_factors("inverse")
+        if use_exact_damping:
+            return self.eigh().inverse(damping)
+        dampings: list[Any] = [damping] * len(self)
+        if use_heuristic_damping:
+            dampings = self._heuristic_dampings(damping, min_damping)
+        inverses: list[Factor] = []
+        for index, (factor, value) in enumerate(zip(self._factors, dampings, strict=True)):
+            if isinstance(factor, Tensor):
+                name = f"factor {index} of {self!r}"
+                inverses.append(
+                    _tensors.inverse(
+                        factor, value, name=name, retry_double_precision=retry_double_precision
+                    )
+                )
+            else:
+                inverses.append(_as_factor(factor.inverse(value)))
+        return KroneckerProductLinearOperator(*inverses)
+
+    def _heuristic_dampings(self, damping: Scalar, min_damping: float) -> list[Any]:
+        """Return each factor's damping by the heuristic of Martens & Grosse."""
+        if len(self) > 2:
+            raise ValueError(
+                f"Heuristic damping is defined for one or two factors, {self!r} has {len(self)}."
+            )
+        real = damping.item() if isinstance(damping, Tensor) else damping
+        if isinstance(real, complex) or real < 0:
+            raise ValueError(f"Heuristic damping needs a damping >= 0, got {damping}.")
+        if len(self) == 1:
+            return [max(real, min_damping)]
+        means = [(op.trace() / op.shape[0]).real.item() for op in self._operators]
+        if min(means) < 0:
+            raise RuntimeError(
+                f"Heuristic damping needs factors with non-negative mean eigenvalues, those of "
+                f"{self!r} have {means}."
+            )
+        if min(means) == 0:
+            return [max(real**0.5, min_damping)] * 2
+        first, second = means
+        return [
+            max((real * first / second) ** 0.5, min_damping),
+            max((real * second / first) ** 0.5, min_damping),
+        ]
+
+    def eigh(self) -> EighDecomposedLinearOperator:
+        """Return the product of Hermitian factors with its Kronecker product of eigenvectors."""
+        self._check_square_factors("eigh")
+        all_values: list[Tensor] = []
+        all_vectors: list[Factor] = []
+        for index, factor in enumerate(self._factors):
+            vectors: Factor
+            if isinstance(factor, Tensor):
+                values, vectors = _tensors.eigh(factor, name=f"factor {index} of {self!r}")
+            else:
+                op = factor.eigh()
+                values = op.diagonal()
+                vectors = IdentityLinearOperator(op.in_shape, op.device, op.dtype)
+            all_values.append(values)
+            all_vectors.append(vectors)
+        eigenvalues, *rest = all_values
+        for values in rest:
+            eigenvalues = torch.kron(eigenvalues, values)
+        return EighDecomposedLinearOperator(
+            eigenvalues, KroneckerProductLinearOperator(*all_vectors)
+        )
+
+    def power(self, exponent: float) -> PyTorchLinearOperator:
+        """Return ``S₁ᵖ ⊗ S₂ᵖ ⊗ …`` of positive semi-definite factors, else from eigenvalues."""
+        self._check_square_factors("power")
+        decomposed = [op.eigh() for op in self._operators]
+        try:
+            powers = [op.power(exponent) for op in decomposed]
+        except ValueError:  # e.g. two negative definite factors, whose product is positive
+            return self.eigh().power(exponent)
+        return KroneckerProductLinearOperator(*(_as_factor(op) for op in powers))
+
+    def _entrywise_squares(self) -> KroneckerProductLinearOperator:
+        return KroneckerProductLinearOperator(
+            *(_as_factor(op._entrywise_squares()) for op in self._operators)
+        )
+
+    def _check_square_factors(self, form: str) -> None:
+        """Raise if a factor is rectangular: closed forms need square factors."""
+        if any(op.shape[0] != op.shape[1] for op in self._operators):
+            raise self._missing(form)
+
+    def _formula(self) -> str:
+        shapes = " ⊗ ".join(f"{op.shape[0]}×{op.shape[1]}" for op in self._operators)
+        return f"Kron({shapes})"
+
+
+def _as_operator(factor: Factor) -> PyTorchLinearOperator:
+    """Return a factor as an operator; refuse what is no matrix."""
+    if isinstance(factor, Tensor):
+        if factor.ndim != 2:
+            raise ValueError(
+                f"Kronecker factors must be 2-d tensors, got shape {list(factor.shape)}."
+            )
+        return TensorLinearOperator(factor)
+    if not isinstance(factor, (DiagonalLinearOperator, IdentityLinearOperator)):
+        raise ValueError(
+            "Kronecker factors must be 2-d tensors, or diagonal or identity operators, got "
+            f"{type(factor).__name__}."
+        )
+    return factor
+
+
+def _as_factor(operator: PyTorchLinearOperator) -> Factor:
+    """Return an operator as a factor: dense ones as tensors, diagonal ones as they are."""
+    if isinstance(operator, TensorLinearOperator):
+        return operator.matrix
+    if isinstance(operator, EighDecomposedLinearOperator):
+        return operator.to_dense()
+    if isinstance(operator, (DiagonalLinearOperator, IdentityLinearOperator)):
+        return operator
+    return DiagonalLinearOperator([operator.diagonal()])  # a multiple of the identity
+
+
+def _apply_along(operator: PyTorchLinearOperator, tensor: Tensor, axis: int) -> Tensor:
+    """Apply a matrix along an axis of a tensor ``[K, d_1, ..., d_n]``."""
+    if isinstance(operator, IdentityLinearOperator):
+        return tensor
+    shape = tensor.shape
+    if isinstance(operator, DiagonalLinearOperator):
+        after = len(shape) - axis - 1
+        return tensor * operator.diagonal().reshape(-1, *([1] * after))
+    matrix = operator.matrix  # type: ignore[attr-defined]
+    new = (*shape[:axis], matrix.shape[0], *shape[axis + 1 :])
+    right = prod(shape[axis + 1 :])
+    if right == 1:
+        return (tensor.reshape(-1, shape[axis]) @ matrix.T).reshape(new)
+    left = prod(shape[:axis])
+    if left == 1:
+        return (matrix @ tensor.reshape(shape[axis], right)).reshape(new)
+    return torch.matmul(matrix, tensor.reshape(left, shape[axis], right)).reshape(new)
+
+
+def _product(values: list[Tensor]) -> Tensor:
+    return torch.stack(values).prod()
+
+
+@rule("matmul", KroneckerProductLinearOperator, KroneckerProductLinearOperator)
+def _multiply(
+    left: KroneckerProductLinearOperator, right: KroneckerProductLinearOperator
+) -> PyTorchLinearOperator:
+    """``(A ⊗ B)(C ⊗ D) = AC ⊗ BD`` where the factors' shapes fit."""
+    pairs = list(zip(left._operators, right._operators, strict=False))
+    if len(left) != len(right) or any(a.shape[1] != b.shape[0] for a, b in pairs):
+        return NotImplemented
+    return KroneckerProductLinearOperator(*(_multiply_factors(a, b) for a, b in pairs))
+
+
+def _multiply_factors(a: PyTorchLinearOperator, b: PyTorchLinearOperator) -> Factor:
+    """Multiply two factors, keeping diagonal ones diagonal."""
+    if isinstance(a, TensorLinearOperator):
+        if isinstance(b, TensorLinearOperator):
+            return a.matrix @ b.matrix
+        return a.matrix if isinstance(b, IdentityLinearOperator) else a.matrix * b.diagonal()
+    if isinstance(b, TensorLinearOperator):
+        return (
+            b.matrix
+            if isinstance(a, IdentityLinearOperator)
+            else a.diagonal().unsqueeze(-1) * b.matrix
+        )
+    if isinstance(a, IdentityLinearOperator):
+        return _as_factor(b)
+    if isinstance(b, IdentityLinearOperator):
+        return _as_factor(a)
+    return DiagonalLinearOperator([a.diagonal() * b.diagonal()])

@@ -1,0 +1,371 @@
+r"""The empirical risk: the only loop over the data, and the only place of the scale."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from curvlinops.distributed import Collective
+from curvlinops.risk.data import Batch, BatchSource, TermCounter
+from curvlinops.risk.determinism import (
+    PassRecord,
+    compare_passes,
+    preserved_rng,
+    refuse_random_layers,
+)
+from curvlinops.risk.losses import Loss, loss_entry
+from curvlinops.risk.model import FunctionalModel, ModelFunction, autograd_ready
+
+
+class EmpiricalRisk:
+    r"""The loss of a model on a data set, as a function of the parameters.
+
+    .. math::
+        L(\theta) = c \sum_m \ell_m(\theta)\,,\qquad
+        c = \begin{cases}
+            1 & \text{for the reduction "sum"} \\
+            1 / \sum_b n_b & \text{for the reduction "mean"}
+        \end{cases}
+
+    There is one loss term :math:`\ell_m` per pair of a prediction vector and a target. Batch
+    :math:`b` adds :math:`n_b` to the denominator (:meth:`Loss.normalizer`): without options, the
+    number of its loss terms for cross-entropy and of their entries for the square loss. All data
+    count together, so results do not depend on how they are batched.
+
+    Anything that is linear in the loss terms, such as the product of a curvature matrix and a
+    vector, is a :meth:`sum_over_data`.
+
+    At construction, there are two passes over the data with ``check_deterministic=True``, else one
+    if ``num_data`` is not given (the model is not evaluated), else none. Neither construction nor
+    any pass changes the state of the global random generators, or the user's module.
+
+    Args:
+        model_func: An ``nn.Module``, or a function ``(params, X) -> prediction``.
+        loss_func: A loss function with reduction ``"mean"`` or ``"sum"``; see :func:`loss_entry`.
+            None if only predictions are of interest: then :math:`c = 1`.
+        params: The parameters by name, as in ``dict(model.named_parameters())``, on one device and
+            of one dtype. A module's other parameters are constants.
+        data: Batches ``(X, y)``, as a list or a ``DataLoader``. ``X`` is a tensor or a mapping.
+        progressbar: Whether to show a progress bar for each pass over the data.
+        check_deterministic: Whether to check that the risk is the same function in each pass.
+        num_data: Number of examples in the data (on all ranks).
+        batch_size_fn: Number of examples in an ``X``. Default: ``X.shape[0]``, for tensors only.
+        needs_fixed_order: Whether the check is also for a fixed order of the data.
+        collective: Communication with other processes. Default: there are none.
+
+    Raises:
+        TypeError: If ``params`` is not a dictionary of tensors, or a prediction not a tensor.
+        ValueError: If arguments do not fit together, or the data are empty or can be iterated only
+            once.
+        RuntimeError: If the check finds that the risk is not deterministic.
+        NotImplementedError: If an embedding has ``max_norm`` or ``scale_grad_by_freq``.
+
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> params = {"weight": torch.tensor([[1.0, 2.0]])}
+        >>> data = [(torch.eye(2), torch.zeros(2, 1)), (torch.ones(1, 2), torch.zeros(1, 1))]
+        >>> risk = EmpiricalRisk(net, nn.MSELoss(), params, data)
+        >>> loss, (gradient,) = risk.loss_and_gradient()
+        >>> round(loss.item(), 4)  # (1 + 4 + 9) / 3
+        4.6667
+        >>> risk.num_data
+        3
+    """
+
+    def __init__(
+        self,
+        model_func: ModelFunction,
+        loss_func: Callable[[Any, Any], Tensor] | None,
+        params: dict[str, Tensor],
+        data: Iterable[Any],
+        *,
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        needs_fixed_order: bool = False,
+        collective: Collective | None = None,
+    ) -> None:
+        if num_data is not None and operator.index(num_data) <= 0:
+            raise ValueError(f"num_data must be positive, got {num_data}.")
+        self._functional = FunctionalModel(model_func, params)
+        self._source = BatchSource(data, self._functional.device, batch_size_fn)
+        self.loss: Loss | None = None
+        self.reduction = "sum"
+        if loss_func is not None:
+            self.loss, self.reduction = loss_entry(loss_func)
+        self.collective = Collective() if collective is None else collective
+        self.progressbar = progressbar
+        #: Number of examples in the data of all ranks; None until a pass has counted them.
+        self.num_data = num_data
+        #: Number of loss terms on this rank; None unless the check has counted them.
+        self.num_terms: int | None = None
+
+        if not self.collective.any(self._source.length != 0):
+            raise ValueError(_EMPTY)
+        # A list cannot draw random numbers, and the check finds a model whose predictions depend on
+        # those of NumPy or Python. Then products need not copy these states, which is slow.
+        self._torch_rng_only = check_deterministic and isinstance(data, (list, tuple))
+        if check_deterministic:
+            with preserved_rng(), autograd_ready(), torch.no_grad():
+                self._check_deterministic(needs_fixed_order)
+        elif num_data is None:
+            with self.undisturbed():
+                self._verify_size(sum(batch.n for batch in self.batches("Counting data")))
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The parameters by name, usable for autograd outside of inference mode."""
+        return self._functional.params
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self._functional.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the parameters."""
+        return self._functional.dtype
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The module, or None for a function."""
+        return self._functional.module
+
+    @property
+    def forward_mode_ok(self) -> bool:
+        """Whether forward-mode derivatives of the model are right, to be asked inside of a pass.
+
+        They are not for embeddings with ``padding_idx``, whose padding row forward mode does not
+        treat as constant, and do not exist for embedding bags. Known after the first prediction; a
+        pass makes one before its first batch if need be (not inside of ``torch.compile``). Until
+        then: False.
+        """
+        return self._functional.forward_mode_ok
+
+    def predict(self, params: dict[str, Tensor], X: Any) -> Tensor:
+        """Evaluate the model.
+
+        Args:
+            params: Parameters by name.
+            X: Inputs of a batch.
+
+        Returns:
+            The prediction.
+
+        Raises:
+            TypeError: If the model returns something else than a tensor.
+        """
+        return self._functional.predict(params, X)
+
+    def batches(self, desc: str) -> Iterator[Batch]:
+        """Pass over the data, with a progress bar if wanted; use inside of :meth:`undisturbed`.
+
+        Args:
+            desc: What the progress bar says.
+
+        Returns:
+            Iterator over the batches, on the device of the parameters.
+        """
+        return map(self._source.batch, self._elements(desc))
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Enable gradients, and keep the global random generators as they are."""
+        with preserved_rng(self._torch_rng_only), autograd_ready():
+            yield
+
+    def term_counter(self) -> TermCounter:
+        """Return a new counter for the indices of the loss terms in a pass.
+
+        On several ranks, the terms of all ranks are counted through, which needs the number of
+        terms of each: it is known after the check for determinism.
+        """
+        return TermCounter(self.collective.prefix(self.num_terms or 0))
+
+    def for_each_batch(
+        self, fn: Callable[[Batch], Tensor | float], desc: str = "Data"
+    ) -> Tensor | float:
+        """Pass over the data once.
+
+        Args:
+            fn: Called with each batch; returns the batch's :meth:`Loss.normalizer` (any number for
+                the reduction ``"sum"``). Gradients are enabled inside.
+            desc: What the progress bar says.
+
+        Returns:
+            The scale c, for sums over all data (of all ranks).
+
+        Raises:
+            ValueError: If there are no data, or not as many as before.
+        """
+        if torch.compiler.is_compiling():  # the states of generators cannot be traced
+            with torch.inference_mode(False), torch.enable_grad():
+                return self._visit(fn, desc)
+        with self.undisturbed():
+            return self._visit(fn, desc)
+
+    def sum_over_data(
+        self, fn: Callable[[Batch], tuple[list[Tensor], Tensor | float]], desc: str = "Data"
+    ) -> list[Tensor]:
+        r"""Sum something linear in the loss terms over all data, and multiply by the scale c.
+
+        Args:
+            fn: Called with each batch; returns sums over the batch's loss terms, not averaged, and
+                the batch's :meth:`Loss.normalizer` (any number for the reduction ``"sum"``).
+                Gradients are enabled inside.
+            desc: What the progress bar says.
+
+        Returns:
+            :math:`c \sum_b f(b)`, for each of the tensors that ``fn`` returns; detached if the
+            caller has disabled gradients.
+
+        Raises:
+            ValueError: If there are no data, or not as many as before.
+        """
+        total = _Sum()
+        # Without this, the sum would keep the graphs of all batches alive.
+        recording = torch.is_grad_enabled()
+
+        def add(batch: Batch) -> Tensor | float:
+            summands, normalizer = fn(batch)
+            total.add(summands if recording else [t.detach() for t in summands])
+            return normalizer
+
+        scale = self.for_each_batch(add, desc)
+        sums = self.collective.sum(total.tensors)
+        dtypes = total.dtypes or [t.dtype for t in sums]  # a rank without data has no own ones
+        with torch.inference_mode(False), torch.set_grad_enabled(recording):
+            return [(scale * t).to(dtype) for t, dtype in zip(sums, dtypes, strict=True)]
+
+    def loss_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
+        r"""Evaluate the loss and its gradient by reverse-mode differentiation.
+
+        Returns:
+            :math:`L`, and the list of its gradients in the order of ``params``.
+
+        Raises:
+            ValueError: If there is no loss function.
+        """
+        loss = self.loss
+        if loss is None:
+            raise ValueError("There is no loss function to evaluate.")
+
+        def loss_and_gradient(batch: Batch) -> tuple[list[Tensor], Tensor | float]:
+            params = {name: p.detach().requires_grad_() for name, p in self.params.items()}
+            F, targets = loss.terms(self.predict(params, batch.X), batch.y)
+            value = loss.value(F, targets, batch.n)
+            gradient = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
+            return [value.detach(), *gradient], loss.normalizer(F, targets, batch.n)
+
+        L, *gradient = self.sum_over_data(loss_and_gradient, "Loss and gradient")
+        return L, gradient
+
+    def _elements(self, desc: str) -> Iterable[Any]:
+        """Return the data, or a progress bar that iterates them."""
+        if not self.progressbar or torch.compiler.is_compiling():
+            return self._source.data
+        return tqdm(self._source.data, desc=desc, total=self._source.length)
+
+    def _visit(self, fn: Callable[[Batch], Tensor | float], desc: str) -> Tensor | float:
+        """Pass over the data and return the scale."""
+        compiling = torch.compiler.is_compiling()
+        n = 0
+        normalizer: Tensor | float = 0.0
+        for element in self._elements(desc):
+            batch = self._source.batch(element)
+            if self._functional.traits is None and not compiling:
+                # A batch of its own, because models may change mappings.
+                self._functional.inspect(self._source.batch(element).X)
+            normalizer = normalizer + _widened(fn(batch))
+            n += batch.n
+        if not compiling:  # reading a number back cannot be traced
+            self._verify_size(n)
+        if self.reduction == "sum":
+            return 1.0
+        (total,) = self.collective.sum([torch.as_tensor(normalizer)])
+        return 1 / total  # a tensor: no terms give NaN, as in PyTorch, and not an exception
+
+    def _verify_size(self, n: int) -> None:
+        """Compare the number of examples in this rank's pass with what is known."""
+        if not self.collective.any(n > 0):
+            raise ValueError(_EMPTY)
+        (total,) = self.collective.sum([torch.tensor(n)])
+        counted = int(total)
+        if self.num_data is None:
+            self.num_data = counted
+        elif self.num_data != counted:
+            raise ValueError(
+                f"A pass over the data had {counted} examples, but num_data is {self.num_data}. "
+                "Correct num_data, or batch_size_fn; and do not change the data of an operator."
+            )
+
+    def _check_deterministic(self, needs_fixed_order: bool) -> None:
+        """Compare two passes over the data."""
+        if self.model is not None:
+            refuse_random_layers(self.model)
+        first = self._record("Determinism check (1/2)")
+        self._verify_size(first.num_examples)
+        second = self._record("Determinism check (2/2)")
+        verdict = None
+        traits = self._functional.traits
+        if first.sizes and traits is not None:
+            verdict = compare_passes(
+                first,
+                second,
+                needs_fixed_order=needs_fixed_order,
+                eps=traits.eps,
+                draws_random=traits.random,
+                drop_last=bool(getattr(self._source.data, "drop_last", False)),
+            )
+        if self.collective.any(verdict is not None):
+            raise RuntimeError(verdict or "Another rank found that its risk is not deterministic.")
+        if self.loss is not None and self.loss.closed_form:
+            self.num_terms = first.num_terms
+
+    def _record(self, desc: str) -> PassRecord:
+        """Pass over the data with forward evaluations."""
+        record = PassRecord()
+        for batch in self.batches(desc):
+            # The first batch is inspected: the watched prediction is the one that is recorded.
+            first = self._functional.traits is None
+            X = batch.X
+            prediction = self._functional.inspect(X) if first else self.predict(self.params, X)
+            record.add(batch, prediction, self.loss)
+        return record
+
+
+class _Sum:
+    """Sums of lists of tensors; half precision is accumulated in float32."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.dtypes: list[torch.dtype] = []
+
+    def add(self, summands: list[Tensor]) -> None:
+        """Add one summand to each tensor."""
+        if not self.tensors:
+            self.dtypes = [t.dtype for t in summands]
+            self.tensors = [t.float() if t.itemsize < 4 else t for t in summands]
+        else:
+            for i, (total, t) in enumerate(zip(self.tensors, summands, strict=True)):
+                self.tensors[i] = total + t
+
+
+def _widened(normalizer: Tensor | float) -> Tensor | float:
+    """Convert a normalizer to the widest floating point type of its device."""
+    if not isinstance(normalizer, Tensor):
+        return float(normalizer)
+    return normalizer.to(torch.float32 if normalizer.device.type == "mps" else torch.float64)
+
+
+_EMPTY = "data is empty: there is no batch. (Or it can be iterated only once: pass a list.)"
+
+__all__ = ["EmpiricalRisk"]

@@ -1,0 +1,338 @@
+"""The model as a function of its parameters, and what one look at it reveals."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from curvlinops.risk.data import without_inference
+
+#: An ``nn.Module``, or a function ``(params, X) -> prediction``.
+ModelFunction = nn.Module | Callable[[dict[str, Tensor], Any], Tensor]
+
+
+@contextmanager
+def autograd_ready() -> Iterator[None]:
+    """Record gradients inside, also if the caller is in ``no_grad`` or ``inference_mode``.
+
+    Tensors that were made in inference mode stay unusable for autograd; they must be cloned.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@dataclass
+class ModelTraits:
+    """What a model was seen to do in one prediction.
+
+    Attributes:
+        padding_idx: Whether an embedding with ``padding_idx`` was used. PyTorch's forward mode does
+            not treat its padding row as constant.
+        embedding_bag: Whether an embedding bag was used. PyTorch differentiates it in reverse mode
+            and once only.
+        eps: The coarsest machine epsilon among the floating point numbers that were computed.
+        random: Whether torch's global random generator was used.
+    """
+
+    padding_idx: bool = False
+    embedding_bag: bool = False
+    eps: float = 0.0
+    random: bool = False
+
+
+class FunctionalModel:
+    r"""A model as the function :math:`(\theta, x) \mapsto f_\theta(x)` that ``torch.func`` can use.
+
+    A module is left as found, also after an exception: predictions are evaluated at the tensors in
+    ``params``, the module's other parameters are constants at their current values, and its buffers
+    are clones, so that only clones are updated (for instance by BatchNorm in training mode).
+
+    Args:
+        model_func: An ``nn.Module``, or a function ``(params, X) -> prediction``.
+        params: The parameters by name, on one device and of one floating point dtype. Names and
+            shapes are those of the module; a tied parameter has any one of its names. Values may
+            differ.
+
+    Raises:
+        TypeError: If ``params`` is not a dictionary of tensors.
+        ValueError: If ``model_func`` cannot be called, or ``params`` does not fit it.
+        NotImplementedError: If an embedding has ``max_norm`` or ``scale_grad_by_freq``.
+
+    Example:
+        >>> net = nn.Linear(2, 1, bias=False)
+        >>> model = FunctionalModel(net, {"weight": torch.ones(1, 2)})
+        >>> model.predict(model.params, torch.ones(1, 2))
+        tensor([[2.]])
+    """
+
+    def __init__(self, model_func: ModelFunction, params: dict[str, Tensor]) -> None:
+        if not callable(model_func):
+            raise ValueError(
+                "model_func must be an nn.Module or a function (params, X) -> prediction, got "
+                f"{type(model_func).__name__}."
+            )
+        _check_params(params)
+        self._params = dict(params)
+        self._has_inference_params = any(p.is_inference() for p in params.values())
+        self._function = model_func
+        self.module: nn.Module | None = None
+        self.traits: ModelTraits | None = None
+        self._has_scripted_part = False
+        if isinstance(model_func, nn.Module):
+            self.module = model_func
+            # What it does cannot be watched.
+            self._has_scripted_part = any(
+                isinstance(layer, torch.jit.ScriptModule) for layer in model_func.modules()
+            )
+            self._given = _resolve_names(model_func, params)
+            _check_embeddings(model_func)
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The parameters by name, usable for autograd outside of inference mode."""
+        if not self._has_inference_params:
+            return self._params
+        return {name: without_inference(p) for name, p in self._params.items()}
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(iter(self._params.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Data type of the parameters."""
+        return next(iter(self._params.values())).dtype
+
+    @property
+    def forward_mode_ok(self) -> bool:
+        """Whether forward-mode derivatives are right; False until a prediction was inspected."""
+        traits = self.traits
+        return traits is not None and not (
+            traits.padding_idx or traits.embedding_bag or self._has_scripted_part
+        )
+
+    def predict(self, params: dict[str, Tensor], X: Any) -> Tensor:
+        """Evaluate the model.
+
+        Args:
+            params: Parameters by name, with the names given at construction.
+            X: Inputs of a batch.
+
+        Returns:
+            The prediction.
+
+        Raises:
+            TypeError: If the model returns something else than a tensor.
+        """
+        if self.module is None:
+            prediction = self._function(params, X)
+        else:
+            prediction = functional_call(self.module, {**self._constants(), **params}, (X,))
+        if not isinstance(prediction, Tensor):
+            raise TypeError(_not_a_tensor(prediction))
+        return prediction
+
+    def inspect(self, X: Any) -> Tensor:
+        """Evaluate the model without gradients, and set the traits from what it does.
+
+        Args:
+            X: Inputs of a batch.
+
+        Returns:
+            The prediction.
+
+        Raises:
+            NotImplementedError: If an embedding has ``max_norm`` or ``scale_grad_by_freq``.
+            TypeError: If the model returns something else than a tensor.
+        """
+        watch = _Watch()
+        before = self._generator_states()
+        with torch.no_grad(), watch:
+            prediction = self.predict(self.params, X)
+        states = zip(before, self._generator_states(), strict=True)
+        watch.traits.random = any(not torch.equal(a, b) for a, b in states)
+        self.traits = watch.traits
+        return prediction
+
+    def _constants(self) -> dict[str, Tensor]:
+        """Return the module's other parameters, detached, and its buffers, cloned."""
+        assert self.module is not None
+        # Read anew each time, because the user may train the module between products.
+        constants = {
+            name: without_inference(p.detach())
+            for name, p in self.module.named_parameters()
+            if name not in self._given
+        }
+        for name, buffer in self.module.named_buffers():
+            if name not in self._given:
+                constants[name] = buffer.detach().clone()
+        return constants
+
+    def _generator_states(self) -> list[Tensor]:
+        """Return the states of torch's global generators that the model may use."""
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return states
+
+
+class _Watch(TorchFunctionMode):
+    """Sees the functions of torch that a model calls, and refuses some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.traits = ModelTraits()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _EMBEDDINGS:
+            given = {**dict(zip(_EMBEDDINGS[func], args, strict=False)), **kwargs}
+            # Refused before the function runs, because max_norm changes the weight in place.
+            for option in ("max_norm", "scale_grad_by_freq"):
+                if given.get(option):
+                    raise NotImplementedError(_refused_embedding("The model", option))
+            padding_idx = given.get("padding_idx")
+            # Negative numbers count from the end, but not in torch.embedding.
+            ignored = padding_idx is None or (func is torch.embedding and padding_idx < 0)
+            self.traits.padding_idx |= not ignored
+            self.traits.embedding_bag |= func in (functional.embedding_bag, torch.embedding_bag)
+        outputs = func(*args, **kwargs)
+        for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
+            if isinstance(output, Tensor) and output.is_floating_point():
+                self.traits.eps = max(self.traits.eps, torch.finfo(output.dtype).eps)
+        return outputs
+
+
+#: Functions with embedding options, and their arguments in order.
+_EMBEDDINGS: dict[Any, tuple[str, ...]] = {
+    functional.embedding: (
+        *("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq"),
+    ),
+    torch.embedding: ("weight", "indices", "padding_idx", "scale_grad_by_freq"),
+    functional.embedding_bag: (
+        *("input", "weight", "offsets", "max_norm", "norm_type", "scale_grad_by_freq", "mode"),
+        *("sparse", "per_sample_weights", "include_last_offset", "padding_idx"),
+    ),
+    torch.embedding_bag: (
+        *("weight", "indices", "offsets", "scale_grad_by_freq", "mode", "sparse"),
+        *("per_sample_weights", "include_last_offset", "padding_idx"),
+    ),
+}
+
+
+def _check_params(params: Any) -> None:
+    """Check the parameters alone."""
+    if not isinstance(params, dict):
+        raise TypeError(
+            "params must be a dict mapping parameter names to tensors, got "
+            f"{type(params).__name__}. Build it with e.g. dict(model.named_parameters())."
+        )
+    if not params:
+        raise ValueError("params is empty. Pass at least one parameter.")
+    names_of: dict[int, str] = {}
+    for name, p in params.items():
+        if not isinstance(name, str) or not isinstance(p, Tensor):
+            raise TypeError(
+                "params must be a dict mapping parameter names to tensors, got "
+                f"{type(name).__name__} {name!r}: {type(p).__name__}. Build it with e.g. "
+                "dict(model.named_parameters())."
+            )
+        if not p.is_floating_point():
+            raise ValueError(f"Parameter {name!r} must be floating point, got {p.dtype}.")
+        if id(p) in names_of:
+            raise ValueError(
+                f"Parameters {names_of[id(p)]!r} and {name!r} are one tensor. Pass a tied "
+                "parameter under one of its names."
+            )
+        names_of[id(p)] = name
+    for what in ("device", "dtype"):
+        groups: dict[Any, list[str]] = defaultdict(list)
+        for name, p in params.items():
+            groups[getattr(p, what)].append(name)
+        if len(groups) > 1:
+            listing = "; ".join(f"{value}: {', '.join(names)}" for value, names in groups.items())
+            raise ValueError(f"All params must have the same {what}, got {listing}.")
+
+
+def _resolve_names(module: nn.Module, params: dict[str, Tensor]) -> set[str]:
+    """Check names and shapes against a module; return all names of the parameters given."""
+    owned = dict(module.named_parameters(remove_duplicate=False))
+    unknown = [name for name in params if name not in owned]
+    if unknown:
+        buffers = {name for name, _ in module.named_buffers(remove_duplicate=False)}
+        hint = "".join(f" {name!r} is a buffer." for name in unknown if name in buffers)
+        raise ValueError(
+            f"params has names that are not parameters of {type(module).__name__}: "
+            f"{', '.join(unknown)}.{hint} Its parameters: {', '.join(owned)}."
+        )
+    first_name: dict[int, str] = {}
+    for name, p in params.items():
+        original = owned[name]
+        if p.shape != original.shape:
+            raise ValueError(
+                f"Parameter {name!r} has shape {tuple(p.shape)} in params, but "
+                f"{tuple(original.shape)} in {type(module).__name__}."
+            )
+        if id(original) in first_name:
+            raise ValueError(
+                f"Parameters {first_name[id(original)]!r} and {name!r} are tied in "
+                f"{type(module).__name__}. Pass a tied parameter under one of its names."
+            )
+        first_name[id(original)] = name
+    # A tensor can be a parameter in one place and a buffer in another.
+    tensors = [*owned.items(), *module.named_buffers(remove_duplicate=False)]
+    return {name for name, tensor in tensors if id(tensor) in first_name}
+
+
+def _check_embeddings(module: nn.Module) -> None:
+    """Refuse embeddings whose forward pass changes their weight or whose gradient is none."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            where = f"{type(layer).__name__} {name!r}" if name else type(layer).__name__
+            if layer.max_norm is not None:
+                raise NotImplementedError(_refused_embedding(where, "max_norm"))
+            if layer.scale_grad_by_freq:
+                raise NotImplementedError(_refused_embedding(where, "scale_grad_by_freq"))
+
+
+def _refused_embedding(where: str, option: str) -> str:
+    """Say why an option of an embedding is refused."""
+    reason = {
+        "max_norm": "it changes the weight in the forward pass",
+        "scale_grad_by_freq": "its gradient is not the derivative of the prediction",
+    }
+    return f"{where} uses {option}, which is not supported: {reason[option]}."
+
+
+def _not_a_tensor(prediction: Any) -> str:
+    """Say how to wrap a model that does not return a tensor."""
+    return (
+        f"The model must return a tensor, got {type(prediction).__name__}. Wrap it in a module "
+        "that returns one, and take the parameters of that module, e.g.\n"
+        "    class Wrapped(nn.Module):\n"
+        "        def __init__(self, model):\n"
+        "            super().__init__()\n"
+        "            self.model = model\n"
+        "        def forward(self, X):\n"
+        "            return self.model(**X).logits"
+    )
+
+
+__all__ = [
+    "FunctionalModel",
+    "ModelFunction",
+    "ModelTraits",
+    "autograd_ready",
+]

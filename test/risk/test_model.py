@@ -1,0 +1,518 @@
+"""The model as a function: parameters, constants, errors, and what is left of the user's module."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import grad, hessian, jacrev, jvp, vmap
+from torch.nn import functional
+
+from curvlinops.risk.model import FunctionalModel, autograd_ready
+
+# What torch says about itself at the first use of forward mode.
+ignore_torch_script = pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+
+
+def parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of a module's parameters with other values."""
+    return {name: 2 * p.detach() + 1 for name, p in module.named_parameters()}
+
+
+def loaded(module: nn.Module, params: dict[str, Tensor]) -> nn.Module:
+    """A copy of a module that has the values in ``params``."""
+    other = copy.deepcopy(module)
+    for name, p in params.items():
+        other.get_parameter(name).data = p.detach().clone()
+    return other
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is also the output layer's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.output = nn.Linear(3, 5)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, X: Tensor) -> Tensor:
+        return self.output(self.embedding(X))
+
+
+# Values
+
+
+def test_evaluates_at_the_given_values() -> None:
+    """Predictions belong to ``params``, and not to the module's own values."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    params, X = parameters(net), torch.randn(5, 3)
+    model = FunctionalModel(net, params)
+    assert torch.equal(model.predict(model.params, X), loaded(net, params)(X))
+    # ... and to those passed to `predict`, wherever they come from.
+    zero = {name: torch.zeros_like(p) for name, p in params.items()}
+    assert torch.equal(model.predict(zero, X), torch.zeros(5, 2))
+
+
+def test_other_parameters_are_constants() -> None:
+    """They have the module's current values, and autograd does not see them."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    X = torch.randn(5, 3)
+    params = {"1.weight": torch.randn(2, 4)}
+    model = FunctionalModel(net, params)
+    assert model.predict(params, X).grad_fn is None  # nn.Linear's own parameters require gradients
+    assert torch.equal(model.predict(params, X), loaded(net, params)(X))
+
+    with torch.no_grad():
+        net[0].weight.mul_(3)
+    net[1].bias = nn.Parameter(torch.ones(2))
+    assert torch.equal(model.predict(params, X), loaded(net, params)(X))
+
+
+def test_dictionary_is_copied() -> None:
+    """Later changes of the user's dictionary have no effect; those of the tensors do."""
+    net = nn.Linear(3, 2)
+    params = dict(net.named_parameters())
+    model = FunctionalModel(net, params)
+    params.pop("bias")
+    assert list(model.params) == ["weight", "bias"]
+    assert model.params["weight"] is net.weight
+
+
+def test_function() -> None:
+    """A function gets the parameters and the inputs."""
+    params = {"w": torch.randn(3, 2)}
+    model = FunctionalModel(lambda params, X: X @ params["w"], params)
+    X = torch.randn(5, 3)
+    assert torch.equal(model.predict(model.params, X), X @ params["w"])
+    assert model.module is None
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.float32)
+
+
+def test_mapping_is_one_argument() -> None:
+    """A mapping is passed to the module as it is."""
+
+    class Net(nn.Linear):
+        def forward(self, X: dict[str, Tensor]) -> Tensor:
+            return super().forward(X["x"]) * X["scale"]
+
+    net, X = Net(3, 2), {"x": torch.randn(4, 3), "scale": torch.tensor(2.0)}
+    model = FunctionalModel(net, dict(net.named_parameters()))
+    assert torch.equal(model.predict(model.params, X), net(X))
+
+
+@ignore_torch_script
+def test_transforms() -> None:
+    """Predictions can be differentiated and vectorised by ``torch.func``, in both modes."""
+    net = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    params = {"0.weight": torch.randn(3, 2, dtype=torch.float64)}
+    X = torch.randn(4, 2, dtype=torch.float64)
+    model = FunctionalModel(net, params)
+
+    def f(W: Tensor) -> Tensor:
+        return model.predict({"0.weight": W}, X)
+
+    W = params["0.weight"]
+    J = jacrev(f)(W)  # [4, 1, 3, 2]
+    V = torch.randn(5, 3, 2, dtype=torch.float64)
+    JV = vmap(lambda v: jvp(f, (W,), (v,))[1])(V)
+    assert torch.allclose(JV, torch.einsum("ncij,vij->vnc", J, V))
+    H = hessian(lambda W: f(W).square().sum())(W)
+    leaf = W.clone().requires_grad_()
+    reference = torch.autograd.functional.hessian(lambda W: f(W).square().sum(), leaf)
+    assert torch.allclose(H, reference)
+
+
+@pytest.mark.parametrize("layer", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrent_layers(layer: type[nn.RNNBase]) -> None:
+    """Their weights are also kept in a list, which must not hide those in ``params``."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.recurrent = layer(3, 4, batch_first=True)
+
+        def forward(self, X: Tensor) -> Tensor:
+            return self.recurrent(X)[0]
+
+    net, X = Net(), torch.randn(2, 5, 3)
+    before, params = net(X), parameters(net)
+    model = FunctionalModel(net, params)
+    assert torch.allclose(model.predict(params, X), loaded(net, params)(X))
+    grad(lambda params: model.predict(params, X).sum())(params)
+    copy.deepcopy(net)  # impossible if the list held intermediate results
+    assert torch.equal(net(X), before)
+
+
+@pytest.mark.parametrize("name", ["embedding.weight", "output.weight"])
+def test_tied_parameter(name: str) -> None:
+    """All usages get the given value, whichever name it was given under."""
+    net, X = Tied(), torch.tensor([[0, 3], [1, 4]])
+    params = {name: torch.randn(5, 3)}
+    model = FunctionalModel(net, params)
+    assert torch.equal(model.predict(params, X), loaded(net, params)(X))
+    G = grad(lambda p: model.predict(p, X).square().sum())(params)[name]
+    other = loaded(net, params)
+    other(X).square().sum().backward()
+    assert torch.allclose(G, other.embedding.weight.grad)
+
+
+def test_parameter_that_is_also_a_buffer() -> None:
+    """Its copy in the buffers does not compete with the value in ``params``."""
+    net = nn.Linear(3, 3)
+    net.register_buffer("shared", net.weight)
+    params = {"weight": torch.eye(3)}
+    output = FunctionalModel(net, params).predict(params, torch.zeros(1, 3))
+    assert torch.equal(output[0], net.bias)
+
+
+# The user's module is left as found
+
+
+def snapshot(module: nn.Module) -> list[Any]:
+    """Everything that must not change: objects, values, gradients, flags, hooks."""
+    state: list[Any] = []
+    for name, t in [*module.named_parameters(), *module.named_buffers()]:
+        gradient = None if t.grad is None else t.grad.clone().tolist()
+        state.append((name, id(t), t.tolist(), t.requires_grad, gradient, id(t.grad), t._version))
+    for layer in module.modules():
+        state.append((layer.training, list(layer._parameters), list(layer._buffers)))
+        state.append((dict(layer._forward_hooks), dict(layer._forward_pre_hooks)))
+    return state
+
+
+class Fragile(nn.Module):
+    """Changes its buffers, and fails at the end if it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", None)
+        self.error: BaseException | None = None
+        self.inner[0].bias.requires_grad_(False)
+        self.inner[0].weight.grad = torch.ones(4, 3)
+        self.inner[2].register_forward_hook(lambda module, args, output: 2 * output)
+
+    def forward(self, X: Tensor) -> Tensor:
+        self.calls += 1
+        result = self.inner(X) + 0 * self.calls
+        self.calls = result.mean()  # another object
+        if self.error is not None:
+            raise self.error
+        return result
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("error", [None, ZeroDivisionError("planted"), KeyboardInterrupt()])
+@pytest.mark.parametrize("subset", [False, True])
+@ignore_torch_script
+def test_module_is_left_as_found(train: bool, error: BaseException | None, subset: bool) -> None:
+    """Values, gradients, flags, hooks and buffers, also after exceptions and under transforms."""
+    net, X = Fragile().train(train), torch.randn(6, 3)
+    params = parameters(net)
+    if subset:
+        params = {"inner.1.weight": params["inner.1.weight"]}
+    model = FunctionalModel(net, params)
+    before = snapshot(net)
+    net.error = error
+
+    def f(params: dict[str, Tensor]) -> Tensor:
+        return model.predict(params, X).sum()
+
+    calls: list[Callable[[], Any]] = [
+        lambda: f(params),
+        lambda: model.inspect(X),
+        lambda: grad(f)(params),
+        lambda: jvp(grad(f), (params,), (params,)),
+    ]
+    for call in calls:
+        if error is None:
+            call()
+        else:
+            with pytest.raises(type(error)):
+                call()
+        assert snapshot(net) == before
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        (list(nn.Linear(2, 1).parameters()), TypeError, "params must be a dict.*named_parameters"),
+        (nn.Linear(2, 1).parameters(), TypeError, "params must be a dict.*got generator"),
+        (torch.zeros(2), TypeError, "params must be a dict.*got Tensor"),
+        (None, TypeError, "params must be a dict"),
+        ({"weight": 1.0}, TypeError, "params must be a dict.*'weight': float"),
+        ({0: torch.zeros(1, 2)}, TypeError, "params must be a dict.*int 0"),
+        ({}, ValueError, "params is empty"),
+        ({"weight": torch.zeros(1, 2).int()}, ValueError, "'weight' must be floating point"),
+        ({"weight": torch.zeros(1, 2).cfloat()}, ValueError, "'weight' must be floating point"),
+        (
+            {"weight": torch.zeros(1, 2), "bias": torch.zeros(1).double()},
+            ValueError,
+            "same dtype, got torch.float32: weight; torch.float64: bias",
+        ),
+        (
+            {"weight": torch.zeros(1, 2), "bias": torch.zeros(1, device="meta")},
+            ValueError,
+            "same device, got cpu: weight; meta: bias",
+        ),
+        (
+            {"weight": torch.zeros(1, 2), "wieght": torch.zeros(1)},
+            ValueError,
+            r"not parameters of Linear: wieght\. Its parameters: weight, bias",
+        ),
+        ({"weight": torch.zeros(2, 1)}, ValueError, r"\(2, 1\) in params, but \(1, 2\) in Linear"),
+    ],
+)
+def test_wrong_params(params: Any, error: type[Exception], message: str) -> None:
+    """The message says what is wrong."""
+    with pytest.raises(error, match=message):
+        FunctionalModel(nn.Linear(2, 1), params)
+
+
+def test_buffer_in_params() -> None:
+    """A state_dict has buffers, too."""
+    net = nn.BatchNorm1d(3)
+    params = {k: v for k, v in net.state_dict().items() if v.is_floating_point()}
+    with pytest.raises(ValueError, match=r"running_var\. 'running_mean' is a buffer"):
+        FunctionalModel(net, params)
+
+
+def test_tied_parameter_given_twice() -> None:
+    """One parameter has one name, also for a function, which cannot tell."""
+    net = Tied()
+    twice = {"embedding.weight": torch.zeros(5, 3), "output.weight": torch.ones(5, 3)}
+    with pytest.raises(
+        ValueError, match=r"'embedding\.weight' and 'output\.weight' are tied in Tied"
+    ):
+        FunctionalModel(net, twice)
+    w = torch.zeros(2)
+    with pytest.raises(ValueError, match="'a' and 'b' are one tensor"):
+        FunctionalModel(lambda params, X: X, {"a": w, "b": w})
+
+
+@pytest.mark.parametrize("model_func", [None, "net", torch.zeros(1)])
+def test_model_func_must_be_callable(model_func: Any) -> None:
+    """Anything else is an error."""
+    with pytest.raises(ValueError, match=r"nn.Module or a function \(params, X\) -> prediction"):
+        FunctionalModel(model_func, {"w": torch.zeros(1)})
+
+
+@dataclass
+class CausalLMOutput:
+    """Like the outputs of Hugging Face's models."""
+
+    logits: Tensor
+
+
+class LanguageModel(nn.Linear):
+    """Like a Hugging Face model."""
+
+    def forward(self, x: Tensor) -> CausalLMOutput:  # type: ignore[override]
+        return CausalLMOutput(super().forward(x))
+
+
+def test_prediction_must_be_a_tensor() -> None:
+    """The error names the type and shows a wrapper, which works."""
+    net, X = LanguageModel(3, 2), {"x": torch.randn(4, 3)}
+
+    def call(net: nn.Module, X: Any) -> Tensor:
+        params = dict(net.named_parameters())
+        return FunctionalModel(net, params).predict(params, X)
+
+    with pytest.raises(TypeError, match="must return a tensor, got CausalLMOutput") as caught:
+        call(net, X["x"])
+    message = str(caught.value)
+    wrapper = message[message.index("    class") :]
+    namespace: dict[str, Any] = {"nn": nn}
+    exec("if True:\n" + wrapper, namespace)  # the advice is code: run it
+    assert torch.equal(call(namespace["Wrapped"](net), X), net(**X).logits)
+
+
+# Inference mode
+
+
+def test_inference_tensors() -> None:
+    """Parameters, constants and buffers that were made in inference mode can be differentiated."""
+    with torch.inference_mode():
+        net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+        params = {"0.weight": torch.randn(4, 3)}
+    model, X = FunctionalModel(net, params), torch.randn(5, 3)
+
+    def run() -> Tensor:
+        with autograd_ready():
+            G = grad(lambda p: model.predict(p, X).square().sum())(model.params)
+            leaves = {name: p.detach().requires_grad_() for name, p in model.params.items()}
+            value = model.predict(leaves, X).square().sum()
+            (reverse,) = torch.autograd.grad(value, list(leaves.values()), create_graph=True)
+            assert torch.allclose(reverse, G["0.weight"])
+            assert torch.autograd.grad(reverse.sum(), list(leaves.values()))[0].any()
+            return G["0.weight"]
+
+    inside = torch.inference_mode()(run)()
+    assert torch.equal(run(), inside)
+    with torch.inference_mode():
+        params["0.weight"].mul_(2)  # seen by the next product
+    assert not torch.equal(run(), inside)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_autograd_ready(context: Callable[[], Any]) -> None:
+    """Gradients are recorded inside, and everything is as before afterwards."""
+    with context():
+        before = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        with autograd_ready():
+            assert torch.is_grad_enabled()
+            assert not torch.is_inference_mode_enabled()
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == before
+
+
+# Embeddings
+
+
+def embed(function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> FunctionalModel:
+    """A function that calls an embedding function; its weight is ``w``."""
+    params = {"w": 10 * torch.ones(4, 3)}
+    return FunctionalModel(lambda params, X: function(X, params["w"], *args, **kwargs), params)
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_refused_embedding_modules(layer: type[nn.Module], option: dict[str, Any]) -> None:
+    """They are found at construction, by name, also if they are constants."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(layer(4, 3, **option)))
+    with pytest.raises(
+        NotImplementedError, match=f"{layer.__name__} '1.0' uses {next(iter(option))}"
+    ):
+        FunctionalModel(net, {"0.bias": torch.zeros(2)})
+
+
+@pytest.mark.parametrize(
+    ("model", "option"),
+    [
+        (embed(functional.embedding, max_norm=1.0), "max_norm"),
+        (embed(functional.embedding, None, 1.0), "max_norm"),
+        (embed(functional.embedding_bag, max_norm=1.0), "max_norm"),
+        (embed(functional.embedding, scale_grad_by_freq=True), "scale_grad_by_freq"),
+        (embed(functional.embedding_bag, None, None, 2.0, True), "scale_grad_by_freq"),
+        (embed(lambda X, w: torch.embedding(w, X, -1, True)), "scale_grad_by_freq"),
+    ],
+)
+def test_refused_embedding_functions(model: FunctionalModel, option: str) -> None:
+    """They are found at the first prediction, before they change the weight."""
+    with pytest.raises(NotImplementedError, match=f"The model uses {option}"):
+        model.inspect(torch.tensor([[0, 1]]))
+    assert torch.equal(model.params["w"], 10 * torch.ones(4, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "ok"),
+    [
+        (embed(lambda X, w: functional.one_hot(X, 4).float() @ w), True),
+        (embed(functional.embedding), True),
+        (embed(functional.embedding, padding_idx=0), False),
+        (embed(functional.embedding, padding_idx=-1), False),  # the last row
+        (embed(functional.embedding, 0), False),
+        (embed(lambda X, w: torch.embedding(w, X, -1)), True),  # no row
+        (embed(lambda X, w: torch.embedding(w, X, 0)), False),
+        (embed(lambda X, w: torch.embedding(w, X, padding_idx=0)), False),
+        (embed(functional.embedding_bag), False),
+        (embed(lambda X, w: nn.Embedding(4, 3, 0, _weight=w)(X)), False),
+    ],
+)
+def test_forward_mode_ok(model: FunctionalModel, ok: bool) -> None:
+    """It is False until known, then says whether forward mode is right."""
+    assert not model.forward_mode_ok
+    model.inspect(torch.tensor([[0, 1]]))
+    assert model.forward_mode_ok is ok
+
+
+def test_forward_mode_ok_of_modules() -> None:
+    """Modules are watched like functions."""
+    X = torch.tensor([[0, 1]])
+    for padding_idx in (None, 0):
+        net = nn.Sequential(nn.Embedding(4, 3, padding_idx=padding_idx), nn.Linear(3, 2))
+        model = FunctionalModel(net, dict(net.named_parameters()))
+        assert torch.equal(model.inspect(X), net(X))
+        assert model.forward_mode_ok is (padding_idx is None)
+
+
+def test_scripted_parts_cannot_be_watched() -> None:
+    """So forward mode is not trusted."""
+    X = torch.tensor([[0, 1]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated
+        net = nn.Sequential(torch.jit.trace(nn.Embedding(4, 3, padding_idx=0), X))
+    model = FunctionalModel(net, dict(net.named_parameters()))
+    model.inspect(X)
+    assert not model.forward_mode_ok
+
+
+@ignore_torch_script
+def test_why_forward_mode_is_not_ok() -> None:
+    """Forward mode ignores ``padding_idx``. If this fails, torch was repaired: relax the rule."""
+    model, X = embed(functional.embedding, padding_idx=0), torch.tensor([[0, 1]])
+    w = model.params["w"]
+    J = jacrev(lambda w: model.predict({"w": w}, X))(w)
+    assert not J[:, :, :, 0].any()
+    forward = jvp(lambda w: model.predict({"w": w}, X), (w,), (torch.ones_like(w),))[1]
+    assert forward[0, 0].all()
+
+
+# Other traits
+
+
+def test_coarsest_precision() -> None:
+    """Low precision inside of a model is seen, whatever its prediction has."""
+
+    class Autocast(nn.Linear):
+        def forward(self, X: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(X).float()
+
+    for net, dtype in [(nn.Linear(3, 2), torch.float32), (Autocast(3, 2), torch.bfloat16)]:
+        model = FunctionalModel(net, dict(net.named_parameters()))
+        assert model.inspect(torch.zeros(1, 3)).dtype == torch.float32
+        assert model.traits is not None
+        assert model.traits.eps == torch.finfo(dtype).eps
+
+
+def test_random() -> None:
+    """A draw from the global generator is noticed."""
+    for function, expected in [
+        (lambda p, X: X * p["w"], False),
+        (lambda p, X: X.bernoulli(), True),
+    ]:
+        model = FunctionalModel(function, {"w": torch.ones(())})
+        model.inspect(torch.full((3,), 0.5))
+        assert model.traits is not None
+        assert model.traits.random is expected
+
+
+@pytest.fixture
+def _fresh_dynamo() -> Iterator[None]:
+    """Leave no compiled code behind."""
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch about itself, at import
+def test_compiled_parts_are_watched() -> None:
+    """Parts that the user compiles are seen through, also as a whole graph."""
+    part = nn.Embedding(4, 3, padding_idx=0)
+    net = nn.Sequential(torch.compile(part, backend="eager", fullgraph=True))
+    model = FunctionalModel(net, dict(net.named_parameters()))
+    model.inspect(torch.tensor([[0, 1]]))
+    assert model.traits is not None
+    assert model.traits.padding_idx
