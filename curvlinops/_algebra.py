@@ -361,7 +361,8 @@ class ScaledLinearOperator(_ScalarWrapper):
     def slogdet(self) -> tuple[Tensor, Tensor]:
         """Return the sign and logarithm of ``s^D det(A)``."""
         sign, logabsdet = self.operator.slogdet()
-        scalar = torch.as_tensor(self.scalar, device=sign.device).to(self.dtype or sign.dtype)
+        dtype = sign.dtype if is_real(self.scalar) else sign.dtype.to_complex()
+        scalar = torch.as_tensor(self.scalar, device=sign.device, dtype=dtype)
         dim = self.shape[0]
         return sign * scalar.sgn() ** dim, logabsdet + dim * scalar.abs().log()
 
@@ -660,6 +661,9 @@ class _ChainPyTorchLinearOperator(PyTorchLinearOperator):
             raise ValueError("A chain needs at least one operator.")
         for left, right in pairwise(flat):
             _check_product(left, right)
+        typed = [op for op in flat if op.dtype is not None]
+        for op in typed[1:]:  # also across operators that have no dtype
+            check_same("a product", typed[0], op)
         PyTorchLinearOperator.__init__(self, flat[-1].in_shape, flat[0].out_shape)
         self._operators = flat
 
@@ -840,7 +844,9 @@ def _factors(operator: PyTorchLinearOperator) -> list[PyTorchLinearOperator]:
 def _scale_chain(operator: _ChainPyTorchLinearOperator, scalar: Scalar) -> PyTorchLinearOperator:
     """``s(P B P⁻¹) = P (sB) P⁻¹`` where s leaves the dtype as it is."""
     inner = operator._inner()
-    complex_multiple = not is_real(scalar) and not (inner and inner.dtype and inner.dtype.is_complex)
+    complex_multiple = not is_real(scalar) and not (
+        inner and inner.dtype and inner.dtype.is_complex
+    )
     if inner is None or complex_multiple:
         return NotImplemented
     return _ChainPyTorchLinearOperator(operator[0], scalar * inner, operator[-1])

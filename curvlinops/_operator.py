@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Number
@@ -49,10 +50,12 @@ class RectangularError(ValueError, RuntimeError):
     """A closed form of square matrices was asked of a rectangular operator."""
 
 
-class _Recording:
-    """Whether products record gradients; see :func:`record_gradients`."""
+_recording = threading.local()  # of one thread, as PyTorch's own grad mode
 
-    enabled = False
+
+def _is_recording() -> bool:
+    """Return whether products record gradients; see :func:`record_gradients`."""
+    return getattr(_recording, "enabled", False)
 
 
 @contextmanager
@@ -71,12 +74,12 @@ def record_gradients() -> Iterator[None]:
         >>> y.requires_grad
         True
     """
-    before = _Recording.enabled
-    _Recording.enabled = True
+    before = _is_recording()
+    _recording.enabled = True
     try:
         yield
     finally:
-        _Recording.enabled = before
+        _recording.enabled = before
 
 
 # --------------------------------------------------------------------------------------------------
@@ -304,12 +307,12 @@ class PyTorchLinearOperator:
     @property
     def device(self) -> torch.device | None:
         """The device of the operator's tensors; None if it holds none."""
-        return next((leaf.device for leaf in _leaves(self._state())), None)
+        return _first(self._state(), "device")
 
     @property
     def dtype(self) -> torch.dtype | None:
         """The dtype of the operator's tensors; None if it holds none."""
-        return next((leaf.dtype for leaf in _leaves(self._state())), None)
+        return _first(self._state(), "dtype")
 
     def to(self: Operator, *args: Any, **kwargs: Any) -> Operator:
         """Return the operator with its tensors moved or cast; arguments as ``Tensor.to``."""
@@ -535,20 +538,19 @@ class PyTorchLinearOperator:
         return f"<{rows}×{columns} operator {self._formula()}>"
 
 
-def _leaves(item: Any) -> Iterator[Any]:
-    """Iterate over what has a floating-point dtype in a state: tensors and operators."""
+def _first(item: Any, attribute: str) -> Any:
+    """Return device or dtype of the first tensor or operator in a state that has one, or None."""
     if isinstance(item, Tensor):
-        if item.is_floating_point() or item.is_complex():
-            yield item
-    elif isinstance(item, PyTorchLinearOperator):
-        if item.dtype is not None:
-            yield item
-    elif isinstance(item, dict):
-        for value in item.values():
-            yield from _leaves(value)
-    elif type(item) in (list, tuple):
-        for value in item:
-            yield from _leaves(value)
+        floating = item.is_floating_point() or item.is_complex()
+        return getattr(item, attribute) if floating else None
+    if isinstance(item, PyTorchLinearOperator):
+        return getattr(item, attribute)
+    if isinstance(item, dict):
+        item = list(item.values())
+    if type(item) not in (list, tuple):
+        return None
+    found = (_first(value, attribute) for value in item)
+    return next((value for value in found if value is not None), None)
 
 
 def _apply(operator: PyTorchLinearOperator, x: Any, leading: bool) -> Any:
@@ -572,7 +574,7 @@ def _apply(operator: PyTorchLinearOperator, x: Any, leading: bool) -> Any:
     if num_columns == 0:
         result = [columns[0].new_zeros(*shape, 0) for shape in out_shape]
         return from_columns(result, out_shape, out_names, fmt)
-    with torch.set_grad_enabled(_Recording.enabled and torch.is_grad_enabled()):
+    with torch.set_grad_enabled(_is_recording() and torch.is_grad_enabled()):
         if leading:
             result = [y.conj() for y in operator._adjoint_matmat([c.conj() for c in columns])]
         else:

@@ -32,11 +32,18 @@ def is_hermitian(matrix: Tensor) -> bool:
     """Return whether a square matrix ``[d, d]`` equals its adjoint up to rounding."""
     if matrix.shape[0] != matrix.shape[1]:
         return False
-    # entries of a Gram matrix carry rounding errors of its largest entries, times sqrt(d)
-    tolerance = 10 * torch.finfo(matrix.dtype).eps * matrix.shape[0] ** 0.5
     wide = widened(matrix)
+    # the entries of a Gram matrix carry rounding errors of its largest entries, times sqrt(d); in
+    # low precision they were accumulated in a wider dtype, and rounded once
+    rounding, accumulating = (torch.finfo(m.dtype).eps for m in (matrix, wide))
+    tolerance = 4 * rounding + 10 * accumulating * matrix.shape[0] ** 0.5
     asymmetry = torch.linalg.matrix_norm(wide - wide.mH)
     return bool(asymmetry <= tolerance * torch.linalg.matrix_norm(wide))
+
+
+def is_real(values: Tensor) -> bool:
+    """Return whether complex numbers are real up to rounding."""
+    return bool((values.imag.abs() <= 4 * torch.finfo(values.dtype).eps * values.abs()).all())
 
 
 def add_to_diagonal(matrix: Tensor, value: complex | Tensor) -> Tensor:

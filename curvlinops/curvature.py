@@ -10,8 +10,12 @@ from torch import Tensor
 
 from curvlinops._formats import Columns
 from curvlinops._torch_base import PyTorchLinearOperator
-from curvlinops.risk import Batch, EmpiricalRisk
+from curvlinops.risk import Batch, EmpiricalRisk, loss_entry
 from curvlinops.risk.model import ModelFunction
+
+# The types of torch do not tell two results from the three with has_aux=True.
+jvp: Any = torch.func.jvp
+vjp: Any = torch.func.vjp
 
 
 class CurvatureLinearOperator(PyTorchLinearOperator):
@@ -20,8 +24,8 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
     The risk of parameters :math:`\theta` is :math:`L(\theta) = c \sum_m \ell_m`, where
     :math:`\ell_m` is the loss of one (prediction vector, target) pair: one per example for
     classification, one per token or pixel for sequence outputs. :math:`c = 1` for the reduction
-    ``"sum"``; for ``"mean"`` :math:`c` is one over what the loss's mean divides by, counted over all
-    data: results do not depend on how the data are batched.
+    ``"sum"``; for ``"mean"`` :math:`c` is one over what the loss's mean divides by, counted over
+    all data: results do not depend on how the data are batched.
 
     Rows and columns are the entries of the parameters, each flattened row-major, in the order of
     ``params``. Vectors and matrices come as flat tensors, lists of parameter-shaped tensors, or
@@ -71,6 +75,7 @@ class RiskLinearOperator(CurvatureLinearOperator):
         batch_size_fn: Callable[[Any], int] | None = None,
     ):
         """Build the risk; no product is computed yet."""
+        loss_entry(loss_func)  # refuses None, with which a risk can do without a loss
         self._risk = EmpiricalRisk(
             model_func,
             loss_func,
@@ -113,6 +118,11 @@ class RiskLinearOperator(CurvatureLinearOperator):
     def _out_names(self) -> list[str] | None:
         return list(self._risk.params)
 
+    @property
+    def _theta(self) -> dict[str, Tensor]:
+        """The parameters without requires_grad: plain autograd would record a second graph."""
+        return {name: p.detach() for name, p in self._risk.params.items()}
+
     def _matmat(self, X: Columns) -> Columns:
         def multiply(batch: Batch) -> tuple[list[Tensor], Tensor | float]:
             return self._multiply_batch(batch, X)
@@ -128,11 +138,14 @@ class RiskLinearOperator(CurvatureLinearOperator):
 
 
 def stack_columns(columns: list[dict[str, Tensor]]) -> Columns:
-    """Stack K products, dicts of tensors ``[*N_i]``, to tensors ``[*N_i, K]``."""
-    return [torch.stack([c[name] for c in columns], dim=-1).detach() for name in columns[0]]
+    """Stack K products, dicts of tensors ``[*N_i]`` (maybe sparse), to tensors ``[*N_i, K]``."""
+    return [
+        torch.stack([column[name].to_dense() for column in columns], dim=-1).detach()
+        for name in columns[0]
+    ]
 
 
 def unstack_columns(names: Iterable[str], X: Columns) -> list[dict[str, Tensor]]:
     """Split tensors ``[*N_i, K]`` into K dicts of tensors ``[*N_i]``."""
-    columns = zip(*(x.unbind(-1) for x in X), strict=True)
+    columns = zip(*(x.detach().unbind(-1) for x in X), strict=True)
     return [dict(zip(names, column, strict=True)) for column in columns]

@@ -96,7 +96,7 @@ class DiagonalLinearOperator(PyTorchLinearOperator):
 
     def eigh(self) -> PyTorchLinearOperator:
         """Return itself: its eigenvectors are the coordinate axes."""
-        if any(d.is_complex() and bool(d.imag.any()) for d in self._entries):
+        if any(d.is_complex() and not _tensors.is_real(d) for d in self._entries):
             raise _tensors.NotHermitianError(f"{self!r} is complex and not Hermitian.")
         return self
 

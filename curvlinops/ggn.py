@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp
+from torch.func import grad
 
 from curvlinops._formats import Columns
-from curvlinops.curvature import RiskLinearOperator, stack_columns, unstack_columns
+from curvlinops.curvature import RiskLinearOperator, jvp, stack_columns, unstack_columns, vjp
 from curvlinops.risk import Batch, Loss
 from curvlinops.risk.data import to_device
 
@@ -47,7 +47,7 @@ class GGNLinearOperator(RiskLinearOperator):
     _forward_mode = True  # until PyTorch says that a function of the model has none
 
     def _multiply_batch(self, batch: Batch, X: Columns) -> tuple[Columns, Tensor | float]:
-        if self._forward_mode and self.risk.forward_mode_ok:
+        if self.risk.forward_mode_ok(batch) and self._forward_mode:
             try:
                 return self._multiply_linearized(_forward_over_reverse, batch, X)
             except NotImplementedError:
@@ -58,7 +58,7 @@ class GGNLinearOperator(RiskLinearOperator):
         self, linearize: Linearize, batch: Batch, X: Columns
     ) -> tuple[Columns, Tensor | float]:
         """Multiply Jᵀ ∇²ℓ J with the products of J and Jᵀ that ``linearize`` makes."""
-        risk, params = self.risk, self.risk.params
+        risk, params = self.risk, self._theta
         loss: Loss = risk.loss  # type: ignore[assignment]
 
         def predict(theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.func import grad, vjp
+from torch.func import grad
 
 from curvlinops._formats import Columns
-from curvlinops.curvature import RiskLinearOperator, stack_columns, unstack_columns
+from curvlinops.curvature import RiskLinearOperator, stack_columns, unstack_columns, vjp
 from curvlinops.risk import Batch, Loss
 
 
@@ -34,8 +34,9 @@ class HessianLinearOperator(RiskLinearOperator):
     """
 
     def _multiply_batch(self, batch: Batch, X: Columns) -> tuple[Columns, Tensor | float]:
-        risk, params = self.risk, self.risk.params
+        risk, params = self.risk, self._theta
         loss: Loss = risk.loss  # type: ignore[assignment]
+        risk.inspect(batch)
 
         def value(theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             f = risk.predict(theta, batch.X)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from einconv import index_pattern
+from einops import reduce
 from torch import Size, Tensor
 
 from curvlinops._algebra import IdentityLinearOperator
@@ -366,7 +367,7 @@ def extract_averaged_patches(
 
 def _average_groups(x: Tensor, groups: int) -> Tensor:
     """Average channel groups, ``[B, groups * C, I₁, I₂]`` to ``[B, C, I₁, I₂]``."""
-    return x.unflatten(1, (groups, -1)).mean(1) if groups != 1 else x
+    return x if groups == 1 else reduce(x, "b (g c) h w -> b c h w", "mean", g=groups)
 
 
 def _pair(value: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops._algebra import ShiftedLinearOperator
+from curvlinops._algebra import IdentityLinearOperator, ShiftedLinearOperator
 from curvlinops._torch_base import PyTorchLinearOperator, _ChainPyTorchLinearOperator
 from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.dense import TensorLinearOperator
@@ -22,7 +22,6 @@ from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator
 from curvlinops.kfac_utils import FromCanonicalLinearOperator, ToCanonicalLinearOperator
 from curvlinops.kronecker import KroneckerProductLinearOperator
-from curvlinops._algebra import IdentityLinearOperator
 from curvlinops.outer import OuterProductLinearOperator
 from curvlinops.submatrix import SubmatrixLinearOperator
 
@@ -456,7 +455,9 @@ def blocks_square_of_rectangular() -> Entry:
 @entry
 def blocks_in_blocks() -> Entry:
     (inner, matrix), C = blocks(), indefinite(2)
-    return BlockDiagonalLinearOperator([TensorLinearOperator(C), inner]), torch.block_diag(C, matrix)
+    return BlockDiagonalLinearOperator([TensorLinearOperator(C), inner]), torch.block_diag(
+        C, matrix
+    )
 
 
 @entry
@@ -605,7 +606,7 @@ def multiple_by_tensor() -> Entry:
 
 @entry
 def multiple_zero() -> Entry:
-    inner, matrix = kronecker_general()
+    inner, matrix = kronecker_positive()
     return 0 * inner, 0 * matrix
 
 

@@ -24,20 +24,23 @@ class HooksCollector:
 
     Args:
         layers: Module and rule of each layer, by name.
-        on_input: Called with a layer's name and positions.
-        on_gradient: Called with a layer's name and output gradient ``[n, S, d_out]``.
+        on_input: Called with a layer's name, the number of the call in this batch (a layer can be
+            called repeatedly), and the positions.
+        on_gradient: Called with a layer's name, the number of the call, and the output gradients of
+            V loss vectors ``[V, n, S, d_out]``.
     """
 
     def __init__(
         self,
         layers: dict[str, tuple[nn.Module, LayerRule]],
-        on_input: Callable[[str, Positions], None],
-        on_gradient: Callable[[str, Tensor], None],
+        on_input: Callable[[str, int, Positions], None],
+        on_gradient: Callable[[str, int, Tensor], None],
     ):
         self._layers = layers
         self._on_input = on_input
         self._on_gradient = on_gradient
         self._root = torch.empty(0)
+        self._calls: dict[str, int] = {}
 
     @contextmanager
     def listening(self, params: dict[str, Tensor], n: int) -> Iterator[None]:
@@ -50,6 +53,7 @@ class HooksCollector:
         """
         device = next(iter(params.values())).device
         self._root = torch.empty(0, device=device, requires_grad=True)
+        self._calls = {}
         watch = _ParameterWatch(params)
         handles: list[RemovableHandle] = []
         try:
@@ -87,13 +91,16 @@ class HooksCollector:
             watch.leave()
             if not torch.is_grad_enabled():
                 return None  # the prediction's derivative does not see this call
+            usage = self._calls.get(name, 0)
+            self._calls[name] = usage + 1
             (x,) = (*args, *kwargs.values())
             with torch.no_grad():
-                self._on_input(name, rule.positions(module, x.detach(), n, name))
+                self._on_input(name, usage, rule.positions(module, x.detach(), n, name))
 
             def on_gradient(gradient: Tensor) -> None:
                 with torch.no_grad():
-                    self._on_gradient(name, rule.gradients(gradient, n, name))
+                    shared = rule.gradients(gradient, n, name).unsqueeze(0)
+                    self._on_gradient(name, usage, shared)
 
             return _Listen.apply(output, self._root, on_gradient)
 

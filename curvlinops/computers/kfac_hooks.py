@@ -40,7 +40,7 @@ class HooksKFACComputer(KFACComputer):
 
         def visit(batch: Batch) -> Tensor | float:
             params = {name: p.detach() for name, p in self.risk.params.items()}
-            with collector.listening(params, batch.n):
+            with self.risk.watching(), collector.listening(params, batch.n):
                 prediction = self.risk.predict(params, batch.X)
             statistic.end_of_forward()
             F, targets = self.loss.terms(prediction, batch.y)

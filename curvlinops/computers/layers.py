@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -70,7 +71,7 @@ def _conv2d_positions(module: nn.Conv2d, x: Tensor, n: int, name: str) -> Positi
     }
 
     def rows() -> Tensor:
-        patches = functional.unfold(x, **options).transpose(1, 2)  # [B, O, C_in K]
+        patches = rearrange(functional.unfold(x, **options), "b d o -> b o d")
         return split_examples(patches, n, name)
 
     def mean() -> Tensor:
@@ -101,7 +102,7 @@ def _pad(module: nn.Conv2d, x: Tensor) -> Tensor:
 def _conv2d_gradients(gradient: Tensor, n: int, name: str) -> Tensor:
     if gradient.ndim == 3:
         gradient = gradient.unsqueeze(0)
-    return split_examples(gradient.flatten(2).transpose(1, 2), n, name)
+    return split_examples(rearrange(gradient, "b c h w -> b (h w) c"), n, name)
 
 
 def _refuse_groups(module: nn.Conv2d) -> str | None:

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from math import prod
+from operator import mul
 
 import torch
 from torch import Tensor
 
 
 def split_examples(tensor: Tensor, n: int, layer: str) -> Tensor:
-    """Bring ``[..., d]`` to ``[n, S, d]``; the first axis runs over examples, slowest.
+    """Bring ``[..., d]`` to ``[n, S, d]``; the first axes run over examples, slowest.
 
     Raises:
         ValueError: If the positions are no multiple of the examples.
     """
-    num_rows = prod(tensor.shape[:-1])
-    if num_rows % n or (tensor.ndim > 2 and tensor.shape[0] % n):
+    *leading, _ = tensor.shape
+    num_rows = prod(leading)
+    # the examples are the first axis, a part of it, or (each position its own example) more axes
+    batch_first = leading[:1] and leading[0] % n == 0
+    if not batch_first and n not in accumulate(leading, mul, initial=1):
         raise ValueError(
             f"Layer {layer!r} sees a tensor of shape {list(tensor.shape)} for {n} examples: its "
             "first axis must be a multiple of them, with the positions of each example next to "

@@ -44,8 +44,8 @@ class CovarianceStatistic:
         self._pooled_gradients: dict[Key, Tensor] = {}
 
     # ---- events ----------------------------------------------------------------------------------
-    def on_input(self, layer: str, positions: Positions) -> None:
-        """A layer was called."""
+    def on_input(self, layer: str, usage: int, positions: Positions) -> None:
+        """A layer was called, for the ``usage``-th time in this batch."""
         plans = [plan for plan in self._plans if layer in plan.layers and plan.d_in]
         if not plans:
             return
@@ -73,22 +73,22 @@ class CovarianceStatistic:
                 constant = ones / count if "b" in plan.group else None
                 self._inputs[plan.key].update(total / count, constant)
 
-    def on_gradient(self, layer: str, gradient: Tensor) -> None:
-        """The gradient ``[n, S, d_out]`` of a layer's output was computed."""
+    def on_gradient(self, layer: str, usage: int, gradient: Tensor) -> None:
+        """The gradients ``[V, n, S, d_out]`` of V loss vectors at a layer's output exist."""
         for layers, moment in self._gradients.items():
             if layer not in layers:
                 continue
             if self._reduce:
-                summed = gradient.sum(1)
+                summed = gradient.sum(2)  # [V, n, d_out]
                 before = self._pooled_gradients.get(layers)
                 self._pooled_gradients[layers] = summed if before is None else before + summed
             else:
-                moment.update(gradient.flatten(0, 1))
+                moment.update(gradient.flatten(0, 2))
 
     def end_of_backward(self) -> None:
-        """All gradients of a loss vector were computed."""
+        """All gradients of a back-propagation were computed."""
         for layers, pooled in self._pooled_gradients.items():
-            self._gradients[layers].update(pooled)
+            self._gradients[layers].update(pooled.flatten(0, 1))
         self._pooled_gradients = {}
 
     # ---- results ---------------------------------------------------------------------------------

@@ -168,6 +168,13 @@ def without_inference(tensor: Tensor) -> Tensor:
     return tensor.clone() if inference else tensor
 
 
+def fresh_mapping(value: Any) -> Any:
+    """Copy a mapping (shallow, of the same type); return anything else as it is."""
+    if type(value) is dict:  # apart: this can be traced by torch.compile
+        return dict(value)
+    return copy.copy(value) if isinstance(value, MutableMapping) else value
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """Move all tensors in nested mappings, lists, and tuples to a device.
 
@@ -183,18 +190,23 @@ def to_device(value: Any, device: torch.device) -> Any:
     """
     if isinstance(value, Tensor):
         return without_inference(value.to(device))
-    if type(value) in (dict, list, tuple):  # apart: plain types can be traced by torch.compile
-        if isinstance(value, dict):
-            return {key: to_device(entry, device) for key, entry in value.items()}
-        return type(value)([to_device(entry, device) for entry in value])
     if isinstance(value, MutableMapping):
-        result = copy.copy(value)
+        result = fresh_mapping(value)
         for key in list(result):
             result[key] = to_device(result[key], device)
         return result
+    if type(value) in (list, tuple):
+        return type(value)([to_device(entry, device) for entry in value])
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(to_device(entry, device) for entry in value))
     return value
 
 
-__all__ = ["Batch", "BatchSource", "TermCounter", "to_device", "without_inference"]
+__all__ = [
+    "Batch",
+    "BatchSource",
+    "TermCounter",
+    "fresh_mapping",
+    "to_device",
+    "without_inference",
+]

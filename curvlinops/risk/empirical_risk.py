@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -139,16 +139,37 @@ class EmpiricalRisk:
         """The module, or None for a function."""
         return self._functional.module
 
-    @property
-    def forward_mode_ok(self) -> bool:
-        """Whether forward-mode derivatives of the model are right, to be asked inside of a pass.
+    def forward_mode_ok(self, batch: Batch) -> bool:
+        """Return whether forward-mode derivatives of the model are right.
 
         They are not for embeddings with ``padding_idx``, whose padding row forward mode does not
-        treat as constant, and do not exist for embedding bags. Known after the first prediction; a
-        pass makes one before its first batch if need be (not inside of ``torch.compile``). Until
-        then: False.
+        treat as constant, and do not exist for embedding bags. If no prediction was watched yet,
+        one is made here. Inside of ``torch.compile`` the answer is False until then.
+
+        Args:
+            batch: A batch to predict.
         """
+        self.inspect(batch)
         return self._functional.forward_mode_ok
+
+    def inspect(self, batch: Batch) -> None:
+        """Look once at what the model does in a prediction, if none was watched yet.
+
+        Args:
+            batch: A batch to predict.
+
+        Raises:
+            NotImplementedError: If an embedding has ``max_norm`` or ``scale_grad_by_freq``.
+        """
+        if self._functional.traits is None and not torch.compiler.is_compiling():
+            self._functional.inspect(batch.X)
+
+    def watching(self) -> AbstractContextManager[None]:
+        """Return a context that looks, in place of :meth:`inspect`, at predictions made inside.
+
+        They must not be part of a transformation by ``torch.func``.
+        """
+        return self._functional.watching()
 
     def predict(self, params: dict[str, Tensor], X: Any) -> Tensor:
         """Evaluate the model.
@@ -260,7 +281,9 @@ class EmpiricalRisk:
 
         def loss_and_gradient(batch: Batch) -> tuple[list[Tensor], Tensor | float]:
             params = {name: p.detach().requires_grad_() for name, p in self.params.items()}
-            F, targets = loss.terms(self.predict(params, batch.X), batch.y)
+            with self.watching():
+                prediction = self.predict(params, batch.X)
+            F, targets = loss.terms(prediction, batch.y)
             value = loss.value(F, targets, batch.n)
             gradient = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
             return [value.detach(), *gradient], loss.normalizer(F, targets, batch.n)
@@ -276,21 +299,19 @@ class EmpiricalRisk:
 
     def _visit(self, fn: Callable[[Batch], Tensor | float], desc: str) -> Tensor | float:
         """Pass over the data and return the scale."""
-        compiling = torch.compiler.is_compiling()
         n = 0
         normalizer: Tensor | float = 0.0
         for element in self._elements(desc):
             batch = self._source.batch(element)
-            if self._functional.traits is None and not compiling:
-                # A batch of its own, because models may change mappings.
-                self._functional.inspect(self._source.batch(element).X)
             normalizer = normalizer + _widened(fn(batch))
             n += batch.n
-        if not compiling:  # reading a number back cannot be traced
+        if not torch.compiler.is_compiling():  # reading a number back cannot be traced
             self._verify_size(n)
         if self.reduction == "sum":
             return 1.0
-        (total,) = self.collective.sum([torch.as_tensor(normalizer)])
+        if not isinstance(normalizer, Tensor):
+            normalizer = torch.tensor(normalizer, dtype=torch.float64)
+        (total,) = self.collective.sum([normalizer])
         return 1 / total  # a tensor: no terms give NaN, as in PyTorch, and not an exception
 
     def _verify_size(self, n: int) -> None:

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from curvlinops.risk.data import without_inference
+from curvlinops.risk.data import fresh_mapping, without_inference
 
 #: An ``nn.Module``, or a function ``(params, X) -> prediction``.
 ModelFunction = nn.Module | Callable[[dict[str, Tensor], Any], Tensor]
@@ -126,7 +126,7 @@ class FunctionalModel:
 
         Args:
             params: Parameters by name, with the names given at construction.
-            X: Inputs of a batch.
+            X: Inputs of a batch. The model may change a mapping: it gets a copy.
 
         Returns:
             The prediction.
@@ -134,6 +134,7 @@ class FunctionalModel:
         Raises:
             TypeError: If the model returns something else than a tensor.
         """
+        X = fresh_mapping(X)
         if self.module is None:
             prediction = self._function(params, X)
         else:
@@ -164,8 +165,23 @@ class FunctionalModel:
         self.traits = watch.traits
         return prediction
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Set the traits, unless they are known, from predictions that are made anyway.
+
+        Raises:
+            NotImplementedError: If an embedding has ``max_norm`` or ``scale_grad_by_freq``.
+        """
+        if self.traits is not None or torch.compiler.is_compiling():
+            yield
+            return
+        watch = _Watch()
+        with watch:
+            yield
+        self.traits = watch.traits
+
     def _constants(self) -> dict[str, Tensor]:
-        """Return the module's other parameters, detached, and its buffers, cloned."""
+        """Return the module's other parameters, detached, and clones of buffers that may change."""
         assert self.module is not None
         # Read anew each time, because the user may train the module between products.
         constants = {
@@ -173,8 +189,15 @@ class FunctionalModel:
             for name, p in self.module.named_parameters()
             if name not in self._given
         }
-        for name, buffer in self.module.named_buffers():
-            if name not in self._given:
+        layers = dict(self.module.named_modules())
+        for name, buffer in self.module.named_buffers():  # each once, also if layers share it
+            if name in self._given:
+                continue
+            # PyTorch's own layers leave their buffers alone in evaluation mode. To know this halves
+            # the cost of a call for networks with many BatchNorm layers.
+            layer = layers[name.rpartition(".")[0]]
+            constant = not layer.training and type(layer).__module__.startswith("torch.nn.")
+            if not (constant and _is_plain(buffer)):
                 constants[name] = buffer.detach().clone()
         return constants
 
@@ -198,7 +221,9 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _EMBEDDINGS:
-            given = {**dict(zip(_EMBEDDINGS[func], args, strict=False)), **kwargs}
+            names = _EMBEDDINGS[func]
+            # Slices, because torch 2.6 cannot trace a zip of unequal lengths.
+            given = {**dict(zip(names[: len(args)], args[: len(names)], strict=True)), **kwargs}
             # Refused before the function runs, because max_norm changes the weight in place.
             for option in ("max_norm", "scale_grad_by_freq"):
                 if given.get(option):
@@ -230,6 +255,13 @@ _EMBEDDINGS: dict[Any, tuple[str, ...]] = {
         *("per_sample_weights", "include_last_offset", "padding_idx"),
     ),
 }
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether autograd treats a tensor as a constant."""
+    # torch.compile cannot ask for inference tensors, and refuses them itself.
+    inference = not torch.compiler.is_compiling() and tensor.is_inference()
+    return not (tensor.requires_grad or inference)
 
 
 def _check_params(params: Any) -> None:

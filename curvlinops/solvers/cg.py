@@ -264,7 +264,7 @@ def _power_of_two(v: Tensor) -> Tensor:
     if not real.numel():
         return real.new_ones(v.shape[1])
     largest = real.amax(0)
-    power = largest.log2().floor().exp2().clamp(min=torch.finfo(largest.dtype).tiny)
+    power = largest.log2().floor().exp2()
     return torch.where(largest.isfinite() & (largest > 0), power, torch.ones_like(power))
 
 

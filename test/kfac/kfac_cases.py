@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import torch
-from kfac_reference import Setup
+from kfac_reference import Setup, summed
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 C = 3  # entries of one prediction
-SIZES = (2, 1, 2)  # unequal batches
 POSITIONS = 4
 
 
@@ -62,7 +62,7 @@ def mlp() -> nn.Module:
     widths = (3, 4, 2, 3, 4, 3, 4, C)
     acts = (nn.ReLU(), nn.GELU(), nn.Tanh(), nn.Sigmoid(), nn.SiLU(), nn.Softplus())
     layers: list[nn.Module] = []
-    for i, (d_in, d_out) in enumerate(zip(widths, widths[1:], strict=False)):
+    for i, (d_in, d_out) in enumerate(itertools.pairwise(widths)):
         layers += [nn.Linear(d_in, d_out, bias=i % 3 != 1), *acts[i : i + 1]]
     return nn.Sequential(*layers)
 
@@ -77,18 +77,6 @@ def inplace() -> nn.Module:
         return m.c(F.elu(z.mul_(2).add_(h.sub(1)), inplace=True))
 
     return Lambda(forward, a=layers[0], act=layers[1], b=layers[2], c=layers[3])
-
-
-def inplace_input() -> nn.Module:
-    """What a layer has read is overwritten afterwards."""
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        z = m.a(x)
-        x.mul_(0)
-        return m.b(torch.tanh(z)) + x
-
-    return Lambda(forward, a=nn.Linear(3, 4), b=nn.Linear(4, C))
 
 
 def cnn(**second: Any) -> nn.Module:
@@ -110,12 +98,12 @@ def pixels() -> nn.Module:
 
 
 def unbatched() -> nn.Module:
-    """A convolution that is called without a batch axis, once for each example."""
-
-    def forward(m: Any, x: Tensor) -> Tensor:
-        return m.b(torch.stack([m.a(image).relu_().flatten() for image in x]))
-
-    return Lambda(forward, a=nn.Conv2d(2, 2, 3), b=nn.Linear(12, C))
+    """Layers that are called without a batch axis, for batches of one example."""
+    return Lambda(
+        lambda m, x: m.b(m.a(x[0]).relu_().flatten()).unsqueeze(0),
+        a=nn.Conv2d(2, 2, 3),
+        b=nn.Linear(12, C),
+    )
 
 
 def tokens() -> nn.Module:
@@ -169,7 +157,7 @@ def repeated() -> nn.Module:
 
 
 def tied(bias: str) -> nn.Module:
-    """One weight in two modules, with the same bias, different ones, or a bias in the first only."""
+    """One weight in two modules, with the same bias, different ones, or one in the first only."""
     a, b = nn.Linear(3, 3), nn.Linear(3, 3, bias=bias != "one")
     b.weight = a.weight
     if bias == "same":
@@ -224,9 +212,9 @@ def hooked() -> nn.Module:
 
 def constants() -> nn.Module:
     """Something that is no parameter requires gradients."""
-    scale = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(3, requires_grad=True)
     return Lambda(
-        lambda m, x: m.c(torch.tanh(m.a(x * scale)) + m.b(x.flip(-1) * scale)),
+        lambda m, x: m.c(torch.tanh(m.a(x * scale.to(x))) + m.b(x.flip(-1) * scale.to(x))),
         **{name: nn.Linear(3, 3) for name in "abc"},
     )
 
@@ -242,21 +230,21 @@ class Case:
     mixing: bool = True  # whether a loss term depends on several positions of a layer
     trained: Callable[[str], bool] = lambda name: True
     batch_size_fn: Callable[[Any], int] | None = None
+    sizes: tuple[int, ...] = (2, 1, 2)  # of unequal batches
 
 
 CASES = [
     Case("mlp", mlp),
     Case("mlp-frozen", mlp, trained=lambda name: name in ("2.weight", "4.bias", "12.weight")),
     Case("inplace", inplace),
-    Case("inplace-input", inplace_input),
     Case("cnn", cnn, _images),
     Case("cnn-frozen", cnn, _images, trained=lambda name: name in ("2.weight", "2.bias")),
     Case("cnn-same", lambda: cnn(padding="same", dilation=(1, 2), bias=False), _images),
     Case("cnn-circular", lambda: cnn(padding=(1, 2), padding_mode="circular"), _images),
     Case("cnn-reflect", lambda: cnn(padding="same", padding_mode="reflect"), _images),
     Case("cnn-valid", lambda: cnn(padding="valid", stride=(1, 2)), _images),
-    Case("pixels", pixels, _images),
-    Case("unbatched", unbatched, _images),
+    Case("pixels", pixels, lambda n: torch.rand(n, 2, 3, 2)),
+    Case("unbatched", unbatched, _images, sizes=(1, 1)),
     Case("tokens", tokens, _sequences, mixing=False),
     Case("tokens-lengths", tokens, _lengths, mixing=False),
     Case("attention", attention, _sequences),
@@ -290,28 +278,31 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 
 _WEIGHT = torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64)
-LOSSES: dict[str, Callable[[str], nn.Module]] = {
-    "mse": lambda r: nn.MSELoss(reduction=r),
-    "ce": lambda r: nn.CrossEntropyLoss(reduction=r),
-    "ce-weight": lambda r: nn.CrossEntropyLoss(_WEIGHT, reduction=r),
-    "ce-ignore": lambda r: nn.CrossEntropyLoss(ignore_index=1, reduction=r),
-    "ce-smooth": lambda r: nn.CrossEntropyLoss(label_smoothing=0.3, reduction=r),
-    "ce-all": lambda r: nn.CrossEntropyLoss(
-        _WEIGHT, ignore_index=2, label_smoothing=0.3, reduction=r
-    ),
-    "ce-soft": lambda r: nn.CrossEntropyLoss(_WEIGHT, label_smoothing=0.3, reduction=r),
-    "bce": lambda r: nn.BCEWithLogitsLoss(reduction=r),
-    "bce-weight": lambda r: nn.BCEWithLogitsLoss(_WEIGHT, pos_weight=_WEIGHT.flip(0), reduction=r),
+LOSSES: dict[str, Callable[[], nn.Module]] = {
+    "mse": nn.MSELoss,
+    "ce": nn.CrossEntropyLoss,
+    "ce-weight": lambda: nn.CrossEntropyLoss(_WEIGHT),
+    "ce-ignore": lambda: nn.CrossEntropyLoss(ignore_index=1),
+    "ce-smooth": lambda: nn.CrossEntropyLoss(label_smoothing=0.3),
+    "ce-all": lambda: nn.CrossEntropyLoss(_WEIGHT, ignore_index=2, label_smoothing=0.3),
+    "ce-soft": lambda: nn.CrossEntropyLoss(_WEIGHT, label_smoothing=0.3),
+    "bce": nn.BCEWithLogitsLoss,
+    "bce-weight": lambda: nn.BCEWithLogitsLoss(_WEIGHT, pos_weight=_WEIGHT.flip(0)),
 }
 
 
 @cache
 def setup(case_name: str, loss_name: str, reduction: str = "mean") -> Setup:
     """Return a case with a loss, in float64, at parameters that are not the module's own."""
+    if reduction == "sum":  # the same, but for the scale
+        mean = setup(case_name, loss_name)
+        result = replace(mean, loss=summed(mean.loss))
+        result.examples = mean.examples
+        return result
     case = BY_NAME[case_name]
     torch.manual_seed(1)
-    model, loss = case.make(), LOSSES[loss_name](reduction)
-    X = [case.inputs(n) for n in SIZES]
+    model, loss = case.make(), LOSSES[loss_name]()
+    X = [case.inputs(n) for n in case.sizes]
     with torch.no_grad():
         model(X[0])  # materialises lazy layers
     if loss_name.startswith("ce"):

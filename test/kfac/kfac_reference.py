@@ -1,8 +1,8 @@
 """KFAC's factors from their definition: slow, in Python loops, one example after the other.
 
-Nothing here is shared with the package. Derivatives come from autograd, one entry of the prediction
-at a time; loss Hessians from ``torch.func.hessian`` of PyTorch's own losses; patches of images from
-indexing; the scale c from the ratio of PyTorch's mean and sum.
+Nothing here is shared with the package. Derivatives come from autograd, one entry of the
+prediction at a time; loss Hessians from autograd through PyTorch's own losses; patches of images
+from indexing; the scale c from the ratio of PyTorch's mean and sum.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, hessian
+from torch.autograd.functional import hessian, jacobian
+from torch.func import functional_call
 
 Data = list[tuple[Any, Tensor]]
 
@@ -155,18 +156,17 @@ def _differentiate(setup: Setup, X: Any, y: Tensor) -> Example:
         return summed(setup.loss)(flat.reshape(f.shape), y)
 
     flat = f.detach().flatten()
-    full = hessian(value)(flat)
-    gradient = torch.func.grad(value)(flat)
+    full = hessian(value, flat)
+    gradient = jacobian(value, flat)
     remainder = full.clone()
     for term in entries:
         remainder[torch.tensor(term).unsqueeze(1), term] = 0
     assert not remainder.any(), "loss terms of one example must be independent"
-    widths = [layer_width(model, name) for name, _ in calls]
     return Example(
         calls=calls,
         jacobians=[
-            _outputs(jacobian, width)
-            for jacobian, width in zip(by_leaf[: len(shifts)], widths, strict=True)
+            _outputs(model.get_submodule(name), J)
+            for J, (name, _) in zip(by_leaf[: len(shifts)], calls, strict=True)
         ],
         param_jacobian=torch.cat([j.flatten(2) for j in by_leaf[len(shifts) :]], dim=2),
         F=torch.stack([flat[term] for term in entries]),
@@ -183,18 +183,11 @@ def _targets(loss: nn.Module, f: Tensor, y: Tensor, entries: list[list[int]]) ->
     return torch.stack([y.flatten()[term] for term in entries])
 
 
-def layer_width(model: nn.Module, name: str) -> int:
-    """Return d_out."""
-    layer = model.get_submodule(name)
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels  # type: ignore[union-attr, return-value]
-
-
-def _outputs(jacobian: Tensor, width: int) -> Tensor:
+def _outputs(layer: nn.Module, jacobian: Tensor) -> Tensor:
     """Bring a derivative by a layer's output to ``[R, C, S, d_out]``."""
-    R, C, *shape = jacobian.shape
-    if len(shape) == 4:  # images: channels are the second axis
-        return jacobian.movedim(3, -1).reshape(R, C, -1, width)
-    return jacobian.reshape(R, C, -1, width)
+    if isinstance(layer, nn.Conv2d):
+        jacobian = jacobian.movedim(-3, -1)
+    return jacobian.reshape(*jacobian.shape[:2], -1, jacobian.shape[-1])
 
 
 def _inputs(layer: nn.Module, x: Tensor) -> Tensor:
@@ -202,7 +195,8 @@ def _inputs(layer: nn.Module, x: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return x.reshape(-1, x.shape[-1])
     assert isinstance(layer, nn.Conv2d)
-    return torch.stack([patch for image in x for patch in _patches(layer, image)])
+    images = x if x.ndim == 4 else x.unsqueeze(0)
+    return torch.stack([patch for image in images for patch in _patches(layer, image)])
 
 
 def _patches(layer: nn.Conv2d, image: Tensor) -> Iterator[Tensor]:
@@ -256,7 +250,7 @@ def _patches(layer: nn.Conv2d, image: Tensor) -> Iterator[Tensor]:
         )
 
 
-# ---- the factors -----------------------------------------------------------------------------------
+# ---- the factors ---------------------------------------------------------------------------------
 Groups = list[dict[str, str]]
 Factors = tuple[Tensor, Tensor | None]
 
@@ -309,63 +303,63 @@ def reference_factors(
     owned = _owners(setup)
     layers = {layer for layer, _ in owned[group.get("W", group.get("b", ""))]}
     biased = {layer for layer, _ in owned[group["b"]]} if "b" in group else set()
-    B, A, positions = 0.0, 0.0, 0
+    joint = set(group) == {"W", "b"}
+    main = setup.params[group.get("W", group.get("b", ""))]
+    d_out, d_in = main.shape[0], main[0].numel() + joint
+    B = torch.zeros(d_out, d_out, dtype=torch.float64)
+    A, positions = torch.zeros(d_in, d_in, dtype=torch.float64), 0
     for index, example in enumerate(setup.examples):
         used = [i for i, (layer, _) in enumerate(example.calls) if layer in layers]
         if not used:
             continue
+        J = torch.cat([example.jacobians[i] for i in used], dim=2)  # [R, C, S, d_out]
+        if approx == "reduce":
+            J = J.sum(2, keepdim=True)
+        if fisher_type == "given":
+            for vector in vectors[index]:
+                g = torch.einsum("rcso,rc->so", J, vector)
+                B += torch.einsum("so,sp->op", g, g)
+        elif fisher_type == "empirical":
+            g = torch.einsum("rcso,rc->rso", J, example.gradients)
+            B += torch.einsum("rso,rsp->op", g, g)
+        else:
+            B += torch.einsum("rcso,rcd,rdsp->op", J, example.hessians, J)
+        if "W" not in group:
+            continue
         rows = []  # the inputs of all positions of all usages
         for i in used:
             layer, inputs = example.calls[i]
-            for row in inputs:
-                one = [row.new_ones(1) if layer in biased else row.new_zeros(1)]
-                rows.append(torch.cat([row, *(one if "b" in group else [])]))
-        J = torch.cat([example.jacobians[i] for i in used], dim=2)  # [R, C, S, d_out]
+            ones = inputs.new_full((len(inputs), joint), float(layer in biased))
+            rows.append(torch.cat([inputs, ones], dim=1))
+        a = torch.cat(rows)
         if approx == "reduce":
-            rows = [sum(rows) / len(rows)]
-            J = J.sum(2, keepdim=True)
-        for row in rows:
-            A = A + torch.outer(row, row)
-            positions += 1
-        for s in range(J.shape[2]):
-            if fisher_type == "given":
-                for vector in vectors[index]:
-                    g = sum(J[r, :, s].T @ vector[r] for r in range(J.shape[0]))
-                    B = B + torch.outer(g, g)
-                continue
-            for r in range(J.shape[0]):
-                H = example.hessians[r]
-                if fisher_type == "empirical":
-                    H = torch.outer(example.gradients[r], example.gradients[r])
-                B = B + J[r, :, s].T @ H @ J[r, :, s]
-    weight = setup.params[group["W"]].flatten(1) if "W" in group else None
-    d_out = setup.params[next(iter(group.values()))].shape[0]
-    B = setup.scale() * B if isinstance(B, Tensor) else torch.zeros(d_out, d_out).double()
-    if fisher_type == "forward-only":
-        B = torch.eye(d_out, dtype=torch.float64)
-    if weight is None:
-        return B, None
-    d_in = weight.shape[1] + ("b" in group)
-    return B, A / positions if isinstance(A, Tensor) else torch.zeros(d_in, d_in).double()
+            a = a.mean(0, keepdim=True)
+        A += torch.einsum("si,sj->ij", a, a)
+        positions += len(a)
+    B = (
+        torch.eye(d_out, dtype=torch.float64)
+        if fisher_type == "forward-only"
+        else B * setup.scale()
+    )
+    return B, A / max(positions, 1) if "W" in group else None
 
 
-def assemble(setup: Setup, blocks: list[tuple[dict[str, str], Factors]]) -> Tensor:
-    """Return the dense matrix of Kronecker-factored blocks, entry by entry of the parameters."""
-    starts, total = {}, 0
-    for name, p in setup.params.items():
-        starts[name] = total
-        total += p.numel()
+def places(params: dict[str, Tensor], group: dict[str, str]) -> Tensor:
+    """Return where the entries of a group's canonical vector are in the parameter vector."""
+    numbers, start = {}, 0
+    for name, p in params.items():
+        numbers[name] = torch.arange(start, start + p.numel()).reshape(p.shape[0], -1)
+        start += p.numel()
+    return torch.cat([numbers[name] for _, name in sorted(group.items())], dim=1).flatten()
+
+
+def assemble(params: dict[str, Tensor], blocks: list[tuple[dict[str, str], Tensor]]) -> Tensor:
+    """Return the dense matrix of groups' dense blocks."""
+    total = sum(p.numel() for p in params.values())
     matrix = torch.zeros(total, total, dtype=torch.float64)
-    for group, (B, A) in blocks:
-        places = []  # where row i, column j of the canonical matrix is in the parameter vector
-        for i in range(B.shape[0]):
-            if "W" in group:
-                width = setup.params[group["W"]][0].numel()
-                places += [starts[group["W"]] + i * width + j for j in range(width)]
-            if "b" in group:
-                places.append(starts[group["b"]] + i)
-        block = B if A is None else torch.kron(B, A)
-        matrix[torch.tensor(places).unsqueeze(1), places] = block
+    for group, block in blocks:
+        where = places(params, group)
+        matrix[where.unsqueeze(1), where] = block
     return matrix
 
 
@@ -383,8 +377,5 @@ def dense(setup: Setup, fisher_type: str = "type-2") -> Tensor:
 
 def block_diagonal(setup: Setup, matrix: Tensor, joint: bool) -> Tensor:
     """Return the matrix without what is between different groups."""
-    labels = {
-        name: i for i, group in enumerate(groups(setup, joint)) for name in group.values()
-    }
-    label = torch.cat([torch.full((p.numel(),), labels[n]) for n, p in setup.params.items()])
-    return matrix * (label.unsqueeze(0) == label.unsqueeze(1))
+    where = [(group, places(setup.params, group)) for group in groups(setup, joint)]
+    return assemble(setup.params, [(group, matrix[w][:, w]) for group, w in where])

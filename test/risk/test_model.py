@@ -241,6 +241,28 @@ def test_module_is_left_as_found(train: bool, error: BaseException | None, subse
         assert snapshot(net) == before
 
 
+def test_shared_buffers() -> None:
+    """Layers that share a buffer share its clone."""
+
+    class Counter(nn.Module):
+        def __init__(self, count: Tensor) -> None:
+            super().__init__()
+            self.register_buffer("count", count)
+
+        def forward(self, X: Tensor) -> Tensor:
+            self.count += 1
+            return X * self.count
+
+    count = torch.zeros(())
+    net = nn.Sequential(nn.Linear(2, 1), Counter(count), Counter(count)).eval()
+    model = FunctionalModel(net, dict(net.named_parameters()))
+    X = torch.randn(3, 2)
+    for _ in range(2):
+        assert torch.allclose(model.predict(model.params, X), 2 * net[0](X))
+    assert count == 0
+    assert net[1].count is net[2].count is count
+
+
 # Errors
 
 

@@ -1,0 +1,232 @@
+"""Cross-entropy of logits, with index or probability targets and all options."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from curvlinops.risk.loss import (
+    LOSSES,
+    Columns,
+    Loss,
+    check_floating,
+    column_indices,
+    constant,
+    unit_vectors,
+)
+
+
+class CrossEntropy(Loss):
+    r"""Cross-entropy of logits, ``nn.CrossEntropyLoss``, with index or probability targets.
+
+    For logits :math:`f \in \mathbb{R}^C` (axis 1 of the output), :math:`p = \mathrm{softmax}(f)`,
+    and non-negative coefficients :math:`a`, whose sum is :math:`k`,
+
+    .. math::
+        \ell = -\sum_c a_c \log p_c\,,\quad
+        \nabla_f \ell = k p - a\,,\quad
+        \nabla_f^2 \ell = k (\mathrm{diag}(p) - p p^\top)\,,\quad
+        S = \sqrt{k} (\mathrm{diag}(\sqrt{p}) - p \sqrt{p}^\top)\,.
+
+    Without options, :math:`a = e_y` and :math:`k = 1`. With class weights :math:`w` and smoothing
+    :math:`\varepsilon`, index targets have
+
+    .. math::
+        a = (1 - \varepsilon) w_y e_y + \tfrac{\varepsilon}{C} w\,,\qquad
+        k = (1 - \varepsilon) w_y + \tfrac{\varepsilon}{C} \textstyle\sum_c w_c\,,
+
+    both zero if the target is ``ignore_index``, and ``"mean"`` divides by the sum of :math:`w_y`
+    over the terms that are not ignored. Probability targets :math:`y`, which need not sum to one,
+    have :math:`a = w \odot y'` with :math:`y' = (1 - \varepsilon) y + \varepsilon / C`; no term is
+    ignored, and ``"mean"`` divides by the number of terms.
+
+    Would-be gradients are :math:`\sqrt{k} (p - e_y)` with :math:`y` drawn from :math:`p`.
+
+    Args:
+        weight: Class weights of shape ``[C]``. Default: all 1.
+        ignore_index: Index targets of this value contribute nothing.
+        label_smoothing: Weight of the uniform distribution in the targets, between 0 and 1.
+
+    Raises:
+        ValueError: If the label smoothing is not in this range.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from curvlinops.risk.losses import loss_entry
+        >>> loss, reduction = loss_entry(nn.CrossEntropyLoss(ignore_index=-1))
+        >>> F, targets = loss.terms(torch.zeros(2, 4, 3), torch.tensor([[0, 1, -1], [3, -1, -1]]))
+        >>> F.shape, loss.normalizer(F, targets, n=2)
+        (torch.Size([6, 4]), tensor(3.))
+    """
+
+    options = ("weight", "ignore_index", "label_smoothing")
+
+    def __init__(
+        self, weight: Tensor | None = None, ignore_index: int = -100, label_smoothing: float = 0.0
+    ) -> None:
+        """Store the options."""
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}.")
+        self.class_weight = constant(weight)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+
+    def terms(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the classes (axis 1) to the end and flatten all other axes."""
+        check_floating(self.name, f)
+        if f.ndim < 2:
+            raise ValueError(
+                f"{self.name}: predictions must have shape [batch, classes, ...], got "
+                f"{tuple(f.shape)}. Add a batch dimension."
+            )
+        C = f.shape[1]
+        if self.class_weight is not None and self.class_weight.shape != (C,):
+            raise ValueError(
+                f"{self.name}: weight must have shape ({C},) for predictions of shape "
+                f"{tuple(f.shape)}, got {tuple(self.class_weight.shape)}."
+            )
+        F = f.movedim(1, -1).flatten(0, -2)
+        if y.shape == f.shape and y.is_floating_point():
+            if self.ignore_index >= 0:
+                raise ValueError(
+                    f"{self.name}: ignore_index={self.ignore_index} is not supported for "
+                    "probability targets."
+                )
+            return F, y.movedim(1, -1).flatten(0, -2).to(f.dtype)
+        if y.shape == f.shape[:1] + f.shape[2:] and _is_integer(y.dtype):
+            return F, y.flatten().to(torch.int64)
+        raise ValueError(
+            f"{self.name}: targets must be class indices (integers) of shape "
+            f"{tuple(f.shape[:1] + f.shape[2:])} or class probabilities (floating point) of shape "
+            f"{tuple(f.shape)} for predictions of shape {tuple(f.shape)}, got {y.dtype} of shape "
+            f"{tuple(y.shape)}."
+        )
+
+    def value(self, F: Tensor, targets: Tensor, n: int) -> Tensor:
+        """Sum the cross-entropies."""
+        return self._cross_entropy(F, targets, "sum")
+
+    def term_values(self, F: Tensor, targets: Tensor) -> Tensor:
+        """Evaluate the cross-entropy of each term."""
+        return self._cross_entropy(F, targets, "none")
+
+    def normalizer(self, F: Tensor, targets: Tensor, n: int) -> Tensor | float:
+        """Sum the class weights of non-ignored targets; count terms with probability targets."""
+        if targets.is_floating_point():
+            return targets.shape[0]
+        # Counts above 256 are not exact in bfloat16.
+        dtype = torch.promote_types(F.dtype, torch.float32)
+        _, kept, target_weight = self._index_targets(F, targets)
+        if self.class_weight is None:
+            return kept.sum().to(dtype)
+        return target_weight.sum(dtype=dtype)
+
+    def weight(self, F: Tensor, targets: Tensor) -> Tensor:
+        """Evaluate k, the sum of each term's coefficients, ``[m]``."""
+        w = self._class_weight(F)
+        if targets.is_floating_point():
+            probabilities = self._smoothed(targets)
+            return probabilities.sum(-1) if w is None else (probabilities * w).sum(-1)
+        _, kept, target_weight = self._index_targets(F, targets)
+        mean_weight = 1.0 if w is None else w.mean()
+        eps = self.label_smoothing
+        return (1 - eps) * target_weight + eps * mean_weight * kept.to(F.dtype)
+
+    def grad(self, F: Tensor, targets: Tensor) -> Tensor:
+        """Evaluate k p - a."""
+        kp = self.weight(F, targets).unsqueeze(-1) * F.softmax(-1)
+        w = self._class_weight(F)
+        if targets.is_floating_point():
+            probabilities = self._smoothed(targets)
+            return kp - (probabilities if w is None else probabilities * w)
+        safe, kept, target_weight = self._index_targets(F, targets)
+        eps = self.label_smoothing
+        result = kp.scatter_add(
+            -1, safe.unsqueeze(-1), ((eps - 1) * target_weight).unsqueeze(-1).to(kp.dtype)
+        )
+        if eps == 0.0:
+            return result
+        uniform = kept.to(F.dtype).unsqueeze(-1) * (eps / F.shape[-1])  # [m, 1]
+        return result - (uniform if w is None else uniform * w)
+
+    def hess_vec(self, F: Tensor, targets: Tensor, V: Tensor) -> Tensor:
+        """Evaluate k (p ⊙ v - p pᵀv) = k p ⊙ (v - pᵀv)."""
+        p = F.softmax(-1)
+        kp = self.weight(F, targets).unsqueeze(-1) * p
+        return kp * (V - (p * V).sum(-1, keepdim=True))
+
+    def root_columns(self, F: Tensor, targets: Tensor, columns: Columns = None) -> Tensor:
+        """Evaluate columns √(k p_c) (e_c - p)."""
+        units = unit_vectors(F, columns)  # [V, C]
+        p = F.softmax(-1)
+        scales = (self.weight(F, targets).unsqueeze(-1) * p).sqrt()  # [m, C]
+        scales = scales[:, column_indices(F, columns)].T  # [V, m]
+        return scales.unsqueeze(-1) * (units.unsqueeze(1) - p)
+
+    def draws(self, C: int) -> int:
+        """One uniform draws one class."""
+        return 1
+
+    def sample(self, F: Tensor, targets: Tensor, uniforms: Tensor) -> Tensor:
+        """Draw classes by inverting the distribution function and evaluate √k (p - e_y)."""
+        u = self._uniforms(F, uniforms).squeeze(-1)  # [m, S]
+        p = F.to(torch.float64).softmax(-1)
+        y = _draw_classes(p, u)  # [m, S]
+        # p - 1 cancels for confident predictions: subtract in float64, then round.
+        entries = (p.gather(-1, y) - 1).to(F.dtype)  # [m, S]
+        samples = (
+            p.to(F.dtype)
+            .expand(u.shape[1], -1, -1)
+            .scatter(-1, y.T.unsqueeze(-1), entries.T.unsqueeze(-1))
+        )
+        return samples * self.weight(F, targets).sqrt().unsqueeze(-1)
+
+    def _cross_entropy(self, F: Tensor, targets: Tensor, reduction: str) -> Tensor:
+        """Evaluate PyTorch's loss with all options on ``[m, C]``."""
+        return functional.cross_entropy(
+            F,
+            targets,
+            weight=self._class_weight(F),
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            reduction=reduction,
+        )
+
+    def _class_weight(self, F: Tensor) -> Tensor | None:
+        """Return the class weights ``[C]`` on the device and in the dtype of ``F``."""
+        return None if self.class_weight is None else self.class_weight.to(F.device, F.dtype)
+
+    def _smoothed(self, targets: Tensor) -> Tensor:
+        """Smooth probability targets ``[m, C]``."""
+        eps = self.label_smoothing
+        return targets if eps == 0.0 else (1 - eps) * targets + eps / targets.shape[-1]
+
+    def _index_targets(self, F: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return classes (0 where ignored), which terms are kept, and w_y (0 where ignored)."""
+        kept = targets != self.ignore_index  # [m]
+        # An ignored index may lie outside the classes, where nothing can be looked up.
+        safe = torch.where(kept, targets, 0)  # [m]
+        w = self._class_weight(F)
+        target_weight = kept.to(F.dtype) if w is None else w[safe] * kept.to(F.dtype)  # [m]
+        return safe, kept, target_weight
+
+
+def _draw_classes(p: Tensor, u: Tensor) -> Tensor:
+    """Draw classes ``[m, S]`` of probabilities ``[m, C]`` by inverse distribution functions."""
+    cdf = p.cumsum(-1)
+    total = cdf[:, -1:].contiguous()  # [m, 1], 1 up to rounding
+    y = torch.searchsorted(cdf, u * total, right=True)  # first class with cdf > u * total
+    # Rounding up to the total would otherwise run past the last class that has any probability.
+    last = torch.searchsorted(cdf, total)  # [m, 1]
+    return torch.minimum(y, last).clamp(max=p.shape[-1] - 1)
+
+
+def _is_integer(dtype: torch.dtype) -> bool:
+    """Whether a dtype holds integers; booleans are none."""
+    return not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+
+
+LOSSES[nn.CrossEntropyLoss] = CrossEntropy
+LOSSES[functional.cross_entropy] = CrossEntropy

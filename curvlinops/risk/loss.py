@@ -1,0 +1,245 @@
+r"""What curvature matrices need to know about a loss function: the contract of an entry.
+
+The one place that knows
+
+- which axis of a prediction holds a loss term's :math:`C` entries, and the order of the terms
+  (:meth:`Loss.terms`; example-major, so that the terms of one example are consecutive);
+- the derivatives of a loss term :math:`\ell_m` with respect to its prediction, roots of its
+  Hessian, and how to sample gradients whose second moment is this Hessian;
+- what the options of PyTorch's losses (``weight``, ``ignore_index``, ...) do to all of these;
+- what a batch adds to the denominator of the reduction ``"mean"`` (:meth:`Loss.normalizer`);
+- how to recognise a loss function (:func:`loss_entry`).
+
+An entry never averages. With :math:`V_b` the :meth:`Loss.value` and :math:`n_b` the
+:meth:`Loss.normalizer` of batch :math:`b`, the loss is :math:`\sum_b V_b / \sum_b n_b` for the
+reduction ``"mean"`` and :math:`\sum_b V_b` for ``"sum"``, for each of PyTorch's losses and options.
+
+In all shapes below, ``m`` is the number of loss terms of a batch and ``C`` the number of entries of
+one term's prediction. Nothing of size ``m x C x C`` is formed (unless all columns of a root are
+asked for at once), no value is read back from the device, and all methods are pure functions that
+``torch.func`` and ``torch.compile`` can transform.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Selects columns of a Hessian root; None selects all of them.
+Columns = slice | Tensor | Sequence[int] | None
+
+
+class Loss:
+    r"""What curvature matrices need to know about one loss function with its options.
+
+    This base class holds the defaults of losses with closed forms; what has none raises
+    ``NotImplementedError``.
+    """
+
+    #: Whether derivatives, Hessian roots and samples are available, not only the value.
+    closed_form: bool = True
+    #: Names of the loss function's options besides the reduction: arguments of the entry.
+    options: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Name of the loss in error messages."""
+        return type(self).__name__
+
+    def terms(self, f: Tensor, y: Tensor) -> tuple[Tensor, Any]:
+        """Flatten predictions and targets of a batch into loss terms.
+
+        Args:
+            f: Predictions in the layout of the loss function.
+            y: Targets in the layout of the loss function.
+
+        Returns:
+            Predictions ``[m, C]``, differentiable with respect to ``f``, and the targets of the
+            same terms, to be passed on to the other methods. An example's terms are consecutive.
+
+        Raises:
+            ValueError: If shapes or dtypes do not fit the loss function.
+        """
+        raise self._missing("flattening into loss terms")
+
+    def value(self, F: Tensor, targets: Any, n: int) -> Tensor:
+        r"""Sum the loss terms, :math:`\sum_m \ell_m`, with all options and without averaging.
+
+        Args:
+            F: Predictions ``[m, C]`` from :meth:`terms`.
+            targets: Targets from :meth:`terms`.
+            n: Number of examples in the batch.
+
+        Returns:
+            Scalar tensor.
+        """
+        raise self._missing("value")
+
+    def term_values(self, F: Tensor, targets: Any) -> Tensor:
+        r"""Evaluate each loss term :math:`\ell_m`.
+
+        Args:
+            F: Predictions ``[m, C]`` from :meth:`terms`.
+            targets: Targets from :meth:`terms`.
+
+        Returns:
+            Tensor of shape ``[m]``.
+        """
+        raise self._missing("values of the loss terms")
+
+    def normalizer(self, F: Tensor, targets: Any, n: int) -> Tensor | float:
+        """Return what this batch adds to the denominator of the reduction ``"mean"``.
+
+        Args:
+            F: Predictions ``[m, C]`` from :meth:`terms`.
+            targets: Targets from :meth:`terms`.
+            n: Number of examples in the batch.
+
+        Returns:
+            A Python number where it follows from the shapes, else a scalar tensor on ``F``'s
+            device, in ``F``'s dtype or float32 if that is wider.
+        """
+        raise self._missing("normalizer")
+
+    def weight(self, F: Tensor, targets: Any) -> Tensor | None:
+        """Return the factor k by which the options scale each loss term's Hessian.
+
+        Args:
+            F: Predictions ``[m, C]`` from :meth:`terms`.
+            targets: Targets from :meth:`terms`.
+
+        Returns:
+            Factors of shape ``[m]``, or ``[m, C]`` where they differ between a term's entries.
+            ``None`` if all of them are 1.
+        """
+        return None
+
+    def grad(self, F: Tensor, targets: Any) -> Tensor:
+        r"""Evaluate the gradients :math:`\nabla_f \ell_m`.
+
+        Args:
+            F: Predictions ``[m, C]`` from :meth:`terms`.
+            targets: Targets from :meth:`terms`.
+
+        Returns:
+            Tensor of shape ``[m, C]``.
+        """
+        raise self._missing("gradient")
+
+    def hess_vec(self, F: Tensor, targets: Any, V: Tensor) -> Tensor:
+        r"""Multiply each loss term's Hessian :math:`\nabla_f^2 \ell_m` onto a vector.
+
+        Args:
+            F: Predictions ``[m, C]`` from :meth:`terms`.
+            targets: Targets from :meth:`terms`.
+            V: Vectors ``[..., m, C]``.
+
+        Returns:
+            Tensor of shape ``[..., m, C]``.
+        """
+        raise self._missing("Hessian-vector product")
+
+    def root_columns(self, F: Tensor, targets: Any, columns: Columns = None) -> Tensor:
+        r"""Evaluate columns of :math:`S_m` with :math:`S_m S_m^\top = \nabla_f^2 \ell_m`.
+
+        Args:
+            F: Predictions ``[m, C]`` from :meth:`terms`.
+            targets: Targets from :meth:`terms`.
+            columns: Which of the :meth:`num_columns` columns. Default: all.
+
+        Returns:
+            Tensor of shape ``[len(columns), m, C]``; it may be an expanded view.
+        """
+        raise self._missing("Hessian root")
+
+    def num_columns(self, C: int) -> int:
+        """Return the number of columns of the Hessian root of a term with ``C`` entries."""
+        return C
+
+    def draws(self, C: int) -> int:
+        """Return the number of uniforms that one sample of a term with ``C`` entries needs."""
+        return C
+
+    def sample(self, F: Tensor, targets: Any, uniforms: Tensor) -> Tensor:
+        r"""Transform uniforms into would-be gradients.
+
+        These are gradients of the loss for targets drawn from the model's own predictive
+        distribution: they have mean zero and second moment :math:`\nabla_f^2 \ell_m`.
+        They are a function of ``F`` and the uniforms alone, evaluated in float64, so that the same
+        uniforms give the same samples for each dtype, batching and layout of the terms.
+
+        Args:
+            F: Predictions ``[m, C]`` from :meth:`terms`.
+            targets: Targets from :meth:`terms`; only options depend on them.
+            uniforms: Float64 numbers in (0, 1) of shape ``[m, S, draws(C)]`` for ``S`` samples.
+
+        Returns:
+            Tensor of shape ``[S, m, C]`` in ``F``'s dtype and on its device.
+
+        Raises:
+            ValueError: If the uniforms do not have this shape.
+        """
+        raise self._missing("would-be gradient")
+
+    def _uniforms(self, F: Tensor, uniforms: Tensor) -> Tensor:
+        """Check uniforms ``[m, S, draws]`` and move them to the device of ``F`` ``[m, C]``."""
+        m, C = F.shape
+        draws = self.draws(C)
+        if uniforms.ndim != 3 or uniforms.shape[0] != m or uniforms.shape[2] != draws:
+            raise ValueError(
+                f"{self.name}: uniforms must have shape [{m}, samples, {draws}] for predictions of "
+                f"shape {tuple(F.shape)}, got {tuple(uniforms.shape)}."
+            )
+        return uniforms.to(F.device, torch.float64)
+
+    def _missing(self, what: str) -> NotImplementedError:
+        """Build the error for something that this loss has no formula for."""
+        return NotImplementedError(
+            f"{self.name} has no closed-form {what}. Losses with closed forms: "
+            f"{', '.join(sorted(display_name(loss) for loss in LOSSES))}. Use one of these, or an "
+            "operator that only needs the loss's value, such as the Hessian."
+        )
+
+
+#: The losses with closed forms: module class or function -> entry.
+LOSSES: dict[Any, type[Loss]] = {}
+
+
+def display_name(loss_func: Any) -> str:
+    """Name a loss function in an error message."""
+    if isinstance(loss_func, functools.partial):
+        return display_name(loss_func.func)
+    return getattr(loss_func, "__name__", None) or type(loss_func).__name__
+
+
+def constant(option: Tensor | None) -> Tensor | None:
+    """Detach an option's tensor, as one that autograd may save."""
+    if option is None:
+        return None
+    option = option.detach()
+    if not option.is_inference():
+        return option
+    with torch.inference_mode(False):
+        return option.clone()
+
+
+def column_indices(F: Tensor, columns: Columns) -> Tensor:
+    """Return the selected ones ``[V]`` of ``C`` columns."""
+    indices = torch.arange(F.shape[-1], device=F.device)
+    return indices if columns is None else indices[columns]
+
+
+def unit_vectors(F: Tensor, columns: Columns) -> Tensor:
+    """Return the unit vectors ``[V, C]`` of the selected columns."""
+    indices = torch.arange(F.shape[-1], device=F.device)
+    return (column_indices(F, columns).unsqueeze(-1) == indices).to(F.dtype)
+
+
+def check_floating(name: str, f: Tensor) -> None:
+    """Check that predictions are real numbers."""
+    if not f.is_floating_point():
+        raise ValueError(f"{name}: predictions must be floating point numbers, got {f.dtype}.")

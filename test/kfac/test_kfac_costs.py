@@ -1,0 +1,127 @@
+"""What KFAC's factors cost: passes over the data, evaluations of the model, and multiplications."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from curvlinops import KFACLinearOperator
+
+WIDTHS = (784, 512, 512, 10)
+BATCHES, ROWS = 4, 128
+
+
+def mlp() -> nn.Sequential:
+    pairs = list(itertools.pairwise(WIDTHS))
+    layers = [layer for d_in, d_out in pairs for layer in (nn.Linear(d_in, d_out), nn.ReLU())]
+    return nn.Sequential(*layers[:-1])
+
+
+def num_flops(function: Any) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    ("fisher_type", "vectors", "gradients"),
+    [("mc", 1, 1.65), ("empirical", 1, 1.65), ("type-2", 10, 6.2), ("forward-only", 0, 1.15)],
+)
+def test_flops(fisher_type: str, vectors: int, gradients: float):
+    """Forward pass, back-propagation to outputs, second moments; no gradient of a weight."""
+    model, loss = mlp(), nn.CrossEntropyLoss()
+    data = [(torch.rand(ROWS, WIDTHS[0]), torch.randint(0, 10, (ROWS,))) for _ in range(BATCHES)]
+
+    def gradient() -> None:
+        for X, y in data:
+            loss(model(X), y).backward()
+
+    def factors() -> None:
+        KFACLinearOperator(
+            model,
+            loss,
+            dict(model.named_parameters()),
+            data,
+            fisher_type=fisher_type,
+            check_deterministic=False,
+            num_data=BATCHES * ROWS,
+            separate_weight_and_bias=False,
+        )
+
+    layers = list(itertools.pairwise(WIDTHS))
+    forward = sum(d_in * d_out for d_in, d_out in layers)
+    backward = sum(d_in * d_out for d_in, d_out in layers[1:])
+    inputs = sum(d_in**2 for d_in, _ in layers)
+    outputs = sum(d_out**2 for _, d_out in layers)
+    rows = 2 * BATCHES * ROWS
+    assert num_flops(gradient) == rows * (2 * forward + backward)
+    count = num_flops(factors)
+    assert count == rows * (forward + inputs + vectors * (backward + outputs))
+    assert count <= gradients * num_flops(gradient)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_weight_and_bias_share_the_gradient_factor(joint: bool):
+    """Separate blocks of a layer do not cost more than a joint one."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    data = [(torch.rand(2, 5), torch.rand(2, 3))]
+    arguments = (model, nn.MSELoss(), dict(model.named_parameters()), data)
+    counts = {
+        separate: num_flops(
+            lambda s=separate: KFACLinearOperator(*arguments, separate_weight_and_bias=s)
+        )
+        for separate in (joint, not joint)
+    }
+    assert counts[True] == counts[False]
+
+
+class CountedData:
+    """Counts passes."""
+
+    def __init__(self, batches: list[tuple[Tensor, Tensor]]):
+        self.batches, self.passes = batches, 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize(
+    ("options", "passes", "evaluations"),
+    [
+        ({}, 3, 3),
+        ({"num_data": 6}, 3, 3),
+        ({"check_deterministic": False}, 2, 1),
+        ({"check_deterministic": False, "num_data": 6}, 1, 1),
+    ],
+)
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical", "forward-only"])
+def test_passes(fisher_type: str, options: dict[str, Any], passes: int, evaluations: int):
+    """One pass besides those of the check or of counting; it evaluates each batch once."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+    calls = []
+    model.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    data = CountedData([(torch.rand(n, 2), torch.rand(n, 2)) for n in (1, 2, 3)])
+    K = KFACLinearOperator(
+        model,
+        nn.MSELoss(),
+        dict(model.named_parameters()),
+        data,
+        fisher_type=fisher_type,
+        **options,
+    )
+    assert data.passes == passes
+    assert calls == [1, 2, 3] * evaluations
+    K @ torch.rand(K.shape[1])
+    K.inverse(damping=0.1).trace()
+    assert data.passes == passes
+    assert calls == [1, 2, 3] * evaluations
