@@ -246,6 +246,7 @@ class PyTorchLinearOperator:
 
     SELF_ADJOINT: bool = False
     _IS_PERMUTATION: ClassVar[bool] = False
+    _IS_SUM: ClassVar[bool] = False
     _init_args: ClassVar[tuple[str, ...] | None] = None
     __array_ufunc__ = None  # NumPy scalars and arrays on the left leave operations to us
 
@@ -532,6 +533,10 @@ class PyTorchLinearOperator:
     def _formula(self) -> str:
         """Return the operator as part of a formula."""
         return f"{type(self).__name__.removesuffix('LinearOperator')}"
+
+    def _as_factor(self) -> str:
+        """Return the operator as a factor of a product, in parentheses if it is a sum."""
+        return f"({self._formula()})" if self._IS_SUM else self._formula()
 
     def __repr__(self) -> str:
         rows, columns = self.shape

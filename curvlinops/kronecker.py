@@ -60,7 +60,7 @@ class KroneckerProductLinearOperator(PyTorchLinearOperator):
         operators = [_as_operator(factor) for factor in factors]
         for op in operators[1:]:
             check_same("a Kronecker product", operators[0], op)
-        rows, columns = (prod(op.shape[axis] for op in operators) for axis in (0, 1))
+        rows, columns = (prod([op.shape[axis] for op in operators]) for axis in (0, 1))
         super().__init__([(columns,)], [(rows,)])
         self._factors = list(factors)
 
@@ -94,8 +94,15 @@ class KroneckerProductLinearOperator(PyTorchLinearOperator):
 
     # ---- products -------------------------------------------------------------------------------
     def _matmat(self, X: Columns) -> Columns:
+        return self._apply_factors(self._operators, X)
+
+    def _adjoint_matmat(self, X: Columns) -> Columns:
+        return self._apply_factors([op.adjoint() for op in self._operators], X)
+
+    @staticmethod
+    def _apply_factors(operators: list[PyTorchLinearOperator], X: Columns) -> Columns:
+        """Multiply the Kronecker product of matrices onto ``[N, K]``."""
         (x,) = X
-        operators = self._operators
         num_columns = x.shape[-1]
         # columns go first: the last factor is then one matrix product for all columns
         dims = [op.shape[1] for op in operators]

@@ -142,7 +142,7 @@ def _find_partners(uses: dict[str, list[_Use]]) -> dict[str, str]:
     for name, all_ in uses.items():
         opposite = {"W": "b", "b": "W"}
         found = {owner.get((use.layer, opposite[use.role])) for use in all_}
-        # a usage without a bias is fine, but one of the bias with a weight that is a constant is not
+        # a usage without bias is fine, but not one of the bias with a weight that is a constant
         if len(found) > 1 and all_[0].role == "W":
             found.discard(None)
         if len(found) > 1:

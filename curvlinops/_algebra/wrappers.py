@@ -1,0 +1,176 @@
+"""Operators around another one: the lazy adjoint and conjugate."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from curvlinops._formats import Columns
+from curvlinops._operator import PyTorchLinearOperator, Scalar, conj, is_real, operation
+from curvlinops._saving import saveable
+
+
+class Wrapper(PyTorchLinearOperator):
+    """An operator around another one between the same spaces."""
+
+    operator: PyTorchLinearOperator
+
+    @property
+    def _in_names(self) -> list[str] | None:
+        return self.operator._in_names
+
+    @property
+    def _out_names(self) -> list[str] | None:
+        return self.operator._out_names
+
+
+class ScalarWrapper(Wrapper):
+    """An operator together with a scalar, which takes part in neither device nor dtype."""
+
+    _SCALAR: ClassVar[str]
+
+    def __init__(self, operator: PyTorchLinearOperator, scalar: Scalar):
+        super().__init__(operator.in_shape, operator.out_shape)
+        self.operator = operator
+        setattr(self, self._SCALAR, scalar)
+        self.SELF_ADJOINT = operator.SELF_ADJOINT and is_real(scalar)
+
+    def _state(self) -> dict[str, Any]:
+        scalar = getattr(self, self._SCALAR)
+        # the safe loader refuses Python's complex numbers
+        state = [scalar.real, scalar.imag] if isinstance(scalar, complex) else scalar
+        return {"operator": self.operator, self._SCALAR: state}
+
+    @classmethod
+    def _from_state(cls, state: dict[str, Any]) -> Any:
+        scalar = state[cls._SCALAR]
+        return cls(state["operator"], complex(*scalar) if isinstance(scalar, list) else scalar)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the operator with its tensors moved or cast; arguments as ``Tensor.to``."""
+        operator, scalar = self.operator.to(*args, **kwargs), getattr(self, self._SCALAR)
+        return type(self)(operator, scalar_for(operator, scalar, operator.device))
+
+    @property
+    def device(self) -> torch.device | None:
+        return self.operator.device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        own = self.operator.dtype
+        return own if own is None or is_real(getattr(self, self._SCALAR)) else own.to_complex()
+
+
+def scalar_for(
+    operator: PyTorchLinearOperator, scalar: Scalar, device: torch.device | None = None
+) -> Scalar:
+    """Return a scalar in an operator's precision, lest a 0-d tensor widens 0-d results."""
+    if not isinstance(scalar, Tensor) or operator.dtype is None:
+        return scalar
+    dtype = operator.dtype if is_real(scalar) else operator.dtype.to_complex()
+    return scalar.to(device=device, dtype=dtype)
+
+
+def number_text(value: Scalar) -> str:
+    """Return a scalar as text; one without data, as for map_location="meta", as a letter."""
+    if isinstance(value, Tensor):
+        return "s" if value.is_meta else f"{value.item():.4g}"
+    return f"{value:.4g}"
+
+
+@saveable
+class _AdjointLinearOperator(PyTorchLinearOperator):
+    """The adjoint of an operator that has no adjoint in closed form."""
+
+    _init_args = ("operator",)
+
+    def __init__(self, operator: PyTorchLinearOperator):
+        super().__init__(operator.out_shape, operator.in_shape)
+        self.operator = operator
+
+    @property
+    def _in_names(self) -> list[str] | None:
+        return self.operator._out_names
+
+    @property
+    def _out_names(self) -> list[str] | None:
+        return self.operator._in_names
+
+    def _matmat(self, X: Columns) -> Columns:
+        return self.operator._adjoint_matmat(X)
+
+    def _adjoint_matmat(self, X: Columns) -> Columns:
+        return self.operator._matmat(X)
+
+    def _adjoint(self) -> PyTorchLinearOperator:
+        return self.operator
+
+    def trace(self) -> Tensor:
+        return self.operator.trace().conj()
+
+    def diagonal(self) -> Tensor:
+        return self.operator.diagonal().conj()
+
+    def frobenius_norm(self) -> Tensor:
+        return self.operator.frobenius_norm()
+
+    def slogdet(self) -> tuple[Tensor, Tensor]:
+        sign, logabsdet = self.operator.slogdet()
+        return sign.conj(), logabsdet
+
+    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> PyTorchLinearOperator:
+        return self.operator.inverse(conj(damping), **strategy).adjoint()
+
+    def _formula(self) -> str:
+        return f"{self.operator._formula()}.H"
+
+
+@saveable
+class _ConjugateLinearOperator(Wrapper):
+    """The entry-wise complex conjugate of an operator."""
+
+    _init_args = ("operator",)
+
+    def __init__(self, operator: PyTorchLinearOperator):
+        super().__init__(operator.in_shape, operator.out_shape)
+        self.operator = operator
+
+    def _matmat(self, X: Columns) -> Columns:
+        return [y.conj() for y in self.operator._matmat([x.conj() for x in X])]
+
+    def _adjoint_matmat(self, X: Columns) -> Columns:
+        return [y.conj() for y in self.operator._adjoint_matmat([x.conj() for x in X])]
+
+    def _conjugate(self) -> PyTorchLinearOperator:
+        return self.operator
+
+    def trace(self) -> Tensor:
+        return self.operator.trace().conj()
+
+    def diagonal(self) -> Tensor:
+        return self.operator.diagonal().conj()
+
+    def frobenius_norm(self) -> Tensor:
+        return self.operator.frobenius_norm()
+
+    def slogdet(self) -> tuple[Tensor, Tensor]:
+        sign, logabsdet = self.operator.slogdet()
+        return sign.conj(), logabsdet
+
+    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> PyTorchLinearOperator:
+        return self.operator.inverse(conj(damping), **strategy)._conjugate()
+
+    def _formula(self) -> str:
+        return f"conj({self.operator._formula()})"
+
+
+@operation("adjoint")
+def _lazy_adjoint(operator: PyTorchLinearOperator, _: None) -> PyTorchLinearOperator:
+    return _AdjointLinearOperator(operator)
+
+
+@operation("conjugate")
+def _lazy_conjugate(operator: PyTorchLinearOperator, _: None) -> PyTorchLinearOperator:
+    return _ConjugateLinearOperator(operator)
