@@ -28,6 +28,11 @@ def widened(matrix: Tensor) -> Tensor:
     return matrix.to(_WIDER.get(matrix.dtype, matrix.dtype))
 
 
+def complex_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the complex dtype of the same precision (complex64 for bfloat16)."""
+    return torch.promote_types(dtype, torch.complex32)  # can be compiled, dtype.to_complex cannot
+
+
 def is_hermitian(matrix: Tensor) -> bool:
     """Return whether a square matrix ``[d, d]`` equals its adjoint up to rounding."""
     if matrix.shape[0] != matrix.shape[1]:

@@ -147,5 +147,5 @@ def stack_columns(columns: list[dict[str, Tensor]]) -> Columns:
 
 def unstack_columns(names: Iterable[str], X: Columns) -> list[dict[str, Tensor]]:
     """Split tensors ``[*N_i, K]`` into K dicts of tensors ``[*N_i]``."""
-    columns = zip(*(x.detach().unbind(-1) for x in X), strict=True)
+    columns = zip(*(x.unbind(-1) for x in X), strict=True)
     return [dict(zip(names, column, strict=True)) for column in columns]

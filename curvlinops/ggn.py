@@ -12,7 +12,6 @@ from torch.func import grad
 from curvlinops._formats import Columns
 from curvlinops.curvature import RiskLinearOperator, jvp, stack_columns, unstack_columns, vjp
 from curvlinops.risk import Batch, Loss
-from curvlinops.risk.data import to_device
 
 Predict = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
 Linearized = Iterator[tuple[Tensor, Tensor, Tensor, Callable[[Tensor], tuple[dict[str, Tensor]]]]]
@@ -62,8 +61,7 @@ class GGNLinearOperator(RiskLinearOperator):
         loss: Loss = risk.loss  # type: ignore[assignment]
 
         def predict(theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            # a copy for each column, because models may change mappings
-            f = risk.predict(theta, to_device(batch.X, risk.device))
+            f = risk.predict(theta, batch.X)
             return loss.terms(f, batch.y)[0], f
 
         products = []

@@ -181,6 +181,10 @@ class KroneckerProductLinearOperator(PyTorchLinearOperator):
         - exact: :math:`(S_1 \otimes S_2 + \delta I)^{-1}` through the factors'
           eigendecompositions, returned in eigendecomposed form.
 
+        Only the last one is the inverse of the damped product. The first adds
+        :math:`\delta (S_1 \otimes I + I \otimes S_2)` rather than :math:`\delta I`, which can be
+        far from it; the second balances its two terms. Prefer the other two in preconditioners.
+
         Hermitian factors are inverted by Cholesky, others by LU.
 
         Args:

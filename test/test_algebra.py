@@ -43,6 +43,7 @@ from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.dense import TensorLinearOperator
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator
+from curvlinops.kfac_utils import FromCanonicalLinearOperator
 from curvlinops.kronecker import KroneckerProductLinearOperator
 from curvlinops.testing import check_operator
 
@@ -248,6 +249,17 @@ def test_powers_of_identity_multiples() -> None:
         (-2 * eye).sqrt()
     with pytest.raises(ValueError, match="singular"):
         (0 * eye).power(-1)
+
+
+def test_power_of_what_decomposes_into_itself() -> None:
+    """A user's ``eigh`` that returns no decomposition ends in an error, not in a recursion."""
+
+    class Decomposed(Cumsum):
+        def eigh(self) -> PyTorchLinearOperator:
+            return self
+
+    with pytest.raises(NotImplementedError, match="closed form of power"):
+        (-2 * Decomposed([(2,)], [(2,)])).power(2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -531,6 +543,20 @@ def test_different_permutations_do_not_fold() -> None:
         (K @ L).trace()
 
 
+def test_two_permutations_that_are_no_inverses() -> None:
+    """P B Qᵀ is not similar to B, though it looks like P B Pᵀ."""
+    layout = [{"view": [2, 2], "order": [1, 0]}]
+    P = FromCanonicalLinearOperator({"w": (2, 2)}, [{"W": "w"}], "cpu", F64)
+    Q = FromCanonicalLinearOperator({"w": (2, 2)}, [{"W": "w"}], "cpu", F64, layout)
+    A = P @ KroneckerProductLinearOperator(positive(4)) @ Q.H
+    for form in ("trace", "diagonal", "frobenius_norm", "eigh", "sqrt"):
+        with pytest.raises(NotImplementedError, match="has no closed form"):
+            getattr(A, form)()
+    B = 2 * A + A**0
+    assert torch.allclose(B.to_dense(), 2 * A.to_dense() + torch.eye(4))
+    assert torch.allclose((A @ A).to_dense(), A.to_dense() @ A.to_dense())
+
+
 def test_chain_with_one_permutation_has_no_trace() -> None:
     """P B is not similar to B."""
     (P, B, _), _ = canonical_blocks()
@@ -558,6 +584,13 @@ def test_registered_rules() -> None:
     def _fold(left: Base, right: Base) -> Any:
         return right if left.size == 3 else NotImplemented
 
+    @rule("add", Base, DiagonalLinearOperator)
+    def _absorb(left: Base, right: DiagonalLinearOperator) -> Any:
+        return left
+
+    base, diagonal = Derived(2), DiagonalLinearOperator([torch.ones(2)])
+    assert base + diagonal is base
+    assert diagonal + base is base  # sums commute
     assert isinstance(Derived(3) @ Base(3), Base)
     assert isinstance(Base(2) @ Derived(2), _ChainPyTorchLinearOperator)
 

@@ -602,3 +602,28 @@ def test_hermitian_matrices_of_all_kinds_in_to_dense() -> None:
             A = TensorLinearOperator(make(3, dtype))
             assert A.to_dense().dtype == dtype
             assert torch.equal(A.to_dense(), A.matrix)
+
+
+# --------------------------------------------------------------------------------------------------
+# Compilation
+# --------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "canonical_chain",
+        "canonical_chain_shifted",
+        "eigendecomposed_kronecker",
+        "kronecker_with_diagonal",
+        "multiple_complex_of_real",
+        "submatrix_rectangular",
+    ],
+)
+def test_compiled_product(name: str) -> None:
+    """Products compile without graph breaks and equal eager ones."""
+    operator, _ = ZOO[name]()
+    torch._dynamo.reset()
+    compiled = torch.compile(operator.__matmul__, fullgraph=True, backend="eager")
+    x = torch.randn(operator.shape[1], 2, dtype=F64).to(operator.dtype)
+    assert torch.allclose(compiled(x), operator @ x)
+    assert torch.allclose(compiled(x[:, 0]), operator @ x[:, 0])

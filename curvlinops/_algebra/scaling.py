@@ -41,7 +41,7 @@ class ScaledLinearOperator(ScalarWrapper):
         own = self.operator.dtype
         if own is None or own.is_complex or not X[0].is_complex():
             return [self.scalar * y for y in self.operator._matmat(X)]
-        dtype = X[0].dtype.to_real()  # that of complex numbers has at least float32's precision
+        dtype = X[0].real.dtype  # that of complex numbers has at least float32's precision
         real = self.operator._matmat([x.real.to(own) for x in X])
         imag = self.operator._matmat([x.imag.to(own) for x in X])
         pairs = zip(real, imag, strict=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from curvlinops._formats import Columns
 from curvlinops._operator import PyTorchLinearOperator, Scalar, conj, is_real, operation
 from curvlinops._saving import saveable
+from curvlinops._tensors import complex_dtype
 
 
 class Wrapper(PyTorchLinearOperator):
@@ -60,7 +61,9 @@ class ScalarWrapper(Wrapper):
     @property
     def dtype(self) -> torch.dtype | None:
         own = self.operator.dtype
-        return own if own is None or is_real(getattr(self, self._SCALAR)) else own.to_complex()
+        if own is None or is_real(getattr(self, self._SCALAR)):
+            return own
+        return complex_dtype(own)
 
 
 def scalar_for(
@@ -69,7 +72,7 @@ def scalar_for(
     """Return a scalar in an operator's precision, lest a 0-d tensor widens 0-d results."""
     if not isinstance(scalar, Tensor) or operator.dtype is None:
         return scalar
-    dtype = operator.dtype if is_real(scalar) else operator.dtype.to_complex()
+    dtype = operator.dtype if is_real(scalar) else complex_dtype(operator.dtype)
     return scalar.to(device=device, dtype=dtype)
 
 

@@ -58,9 +58,10 @@ class HooksCollector:
         handles: list[RemovableHandle] = []
         try:
             for name, (module, rule) in self._layers.items():
-                handles.append(module.register_forward_pre_hook(watch.enter, prepend=True))
+                # the user's hooks are outside: last before the layer, and first after it, so that
+                # the hook sees the layer's own output
+                handles.append(module.register_forward_pre_hook(watch.enter))
                 hook = self._forward_hook(name, rule, n, watch)
-                # first of all hooks, so that it sees the layer's own output
                 handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
             with watch:
                 yield

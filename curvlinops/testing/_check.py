@@ -59,8 +59,8 @@ class Check:
 
     def random(self, *shape: int) -> Tensor:
         """Return normally distributed numbers in the operator's dtype."""
-        wide = torch.complex128 if self.dtype.is_complex else torch.float64
-        numbers = torch.randn(shape, generator=self.generator, dtype=wide)
+        double = torch.complex128 if self.dtype.is_complex else torch.float64
+        numbers = torch.randn(shape, generator=self.generator, dtype=double)
         return numbers.to(device=self.device, dtype=self.dtype)
 
     @contextmanager

@@ -99,8 +99,8 @@ def _check_rectangular(check: Check) -> None:
     if "frobenius_norm" not in check.skip:
         try:
             with check.property("frobenius_norm of A", optional=True):
-                norm = op.frobenius_norm()
-                check.close(norm, torch.tensor(check.norm, dtype=norm.dtype), check.norm)
+                value = op.frobenius_norm()
+                check.close(value, torch.tensor(check.norm, dtype=value.dtype), check.norm)
         except NotImplementedError:
             pass  # a closed form that the operator does not have
 

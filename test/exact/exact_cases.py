@@ -318,9 +318,9 @@ def embedding_function() -> Problem:
 
 
 def tied_embedding() -> Problem:
-    """An embedding with padding, tied to the output layer; outputs [N·S, C]."""
+    """An embedding with padding, tied to the output layer; outputs [N, C, S]."""
     model = Apply(
-        lambda self, x: self.head(torch.tanh(self.embedding(x))).flatten(0, 1),
+        lambda self, x: self.head(torch.tanh(self.embedding(x))).transpose(1, 2),
         embedding=nn.Embedding(5, 2, padding_idx=1),
         head=nn.Linear(2, 5),
     ).double()
@@ -331,10 +331,10 @@ def tied_embedding() -> Problem:
     def predict(params: Params, X: Tensor) -> Tensor:
         W = params["embedding.weight"]
         embedded = torch.where((X == 1).unsqueeze(-1), row, W[X])
-        return (torch.tanh(embedded) @ W.T + params["head.bias"]).flatten(0, 1)
+        return (torch.tanh(embedded) @ W.T + params["head.bias"]).transpose(1, 2)
 
-    data = [(x, y.flatten()) for x, y in sequences(tokens, classes)]
-    return Problem(model, cross_entropy, data, predict=predict)
+    data = sequences(tokens, classes)
+    return Problem(model, cross_entropy, data, predict=predict, classes=1)
 
 
 def function_model() -> Problem:

@@ -274,6 +274,17 @@ def test_harmless_use_outside_of_the_layer(use: Callable[[Any, Tensor], Tensor])
     assert kfac(Outside(use)).trace() > 0
 
 
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook"])
+def test_use_in_a_hook_of_the_layer(kind: str):
+    model = Outside(lambda m, x: m.lin(x))
+    if kind == "forward_pre_hook":
+        model.lin.register_forward_pre_hook(lambda module, args: (args[0] + module.bias,))
+    else:
+        model.lin.register_forward_hook(lambda module, args, output: output * module.bias)
+    with pytest.raises(NotImplementedError, match=r"parameter 'lin.bias' is used outside"):
+        kfac(model)
+
+
 def test_attention_does_not_call_its_projection():
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvlinops import KFACLinearOperator
+from curvlinops.risk.losses import CrossEntropy
 
 WIDTHS = (784, 512, 512, 10)
 BATCHES, ROWS = 4, 128
@@ -64,6 +65,55 @@ def test_flops(fisher_type: str, vectors: int, gradients: float):
     count = num_flops(factors)
     assert count == rows * (forward + inputs + vectors * (backward + outputs))
     assert count <= gradients * num_flops(gradient)
+
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc"])
+def test_activations_are_not_kept(fisher_type: str):
+    """A layer's input, which the gradient of its weight would need, is not saved."""
+    rows = 37
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.Sigmoid(), nn.Linear(4, 2))
+    data = [(torch.rand(rows, 2), torch.rand(rows, 2))]
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        KFACLinearOperator(
+            model,
+            nn.MSELoss(),
+            dict(model.named_parameters()),
+            data,
+            fisher_type=fisher_type,
+            check_deterministic=False,
+        )
+    # the output of the activation alone
+    assert [tuple(t.shape) for t in saved if rows in t.shape] == [(rows, 4)]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_columns_of_the_hessian_root_come_in_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch):
+    """The memory does not grow with the number of classes squared."""
+    model, num_classes, rows = nn.Linear(2, 5), 5, 3
+    data = [(torch.rand(rows, 2), torch.arange(rows))]
+    arguments = (model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
+    whole = KFACLinearOperator(*arguments, fisher_type="type-2")
+    asked = []
+    right = CrossEntropy.root_columns
+
+    def root_columns(self: CrossEntropy, F: Tensor, y: Tensor, columns: slice) -> Tensor:
+        asked.append(right(self, F, y, columns).shape)
+        return right(self, F, y, columns)
+
+    monkeypatch.setattr(CrossEntropy, "root_columns", root_columns)
+    monkeypatch.setattr(
+        "curvlinops.computers.vectors._CHUNK_ENTRIES", chunk * rows * num_classes + 1
+    )
+    K = KFACLinearOperator(*arguments, fisher_type="type-2")
+    torch.testing.assert_close(K.to_dense(), whole.to_dense())
+    assert sum(shape[0] for shape in asked) == num_classes
+    assert max(shape[0] for shape in asked) == chunk
 
 
 @pytest.mark.parametrize("joint", [False, True])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from curvlinops import KFACLinearOperator
 from curvlinops._random import RandomSource
+from curvlinops.computers.kfac_hooks import HooksKFACComputer
 from curvlinops.risk import loss_entry
 
 # PyTorch's own remark about an even kernel with padding "same"
@@ -101,6 +102,35 @@ def test_given_samples(case: str, loss: str, reduction: str, approx: str):
         separate_weight_and_bias=False,
     )
     check(K, problem, True, "given", approx, vectors=vectors)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_computer(joint: bool):
+    """The public computer returns what the operator is made of."""
+    problem = setup("tied-one", "ce")
+    options = {"fisher_type": "mc", "mc_samples": 2, "separate_weight_and_bias": not joint}
+    inputs, gradients, mapping = HooksKFACComputer(**problem.kwargs(), **options).compute()
+    K = KFACLinearOperator(**problem.kwargs(), **options)
+    assert [dict(sorted(group.items())) for group in mapping] == groups(problem, joint)
+    keys = [tuple(group.values()) for group in mapping]
+    assert list(gradients) == keys
+    assert list(inputs) == [key for key, group in zip(keys, mapping, strict=True) if "W" in group]
+    for key in keys:
+        factors = [gradients[key], *([inputs[key]] if key in inputs else [])]
+        for actual, expected in zip(factors, K.factors(key[0]), strict=True):
+            assert torch.equal(actual, expected)
+
+
+def test_inference_tensors():
+    """Parameters and data that were made in inference mode."""
+    problem = setup("residual", "ce")
+    with torch.inference_mode():
+        params = {name: p.clone() for name, p in problem.params.items()}
+        data = [(X.clone(), y.clone()) for X, y in problem.data]
+        arguments = problem.kwargs(params=params, data=data)
+        inside = KFACLinearOperator(**arguments, fisher_type="type-2")
+    for K in (inside, KFACLinearOperator(**arguments, fisher_type="type-2")):
+        check(K, problem, False, "type-2", "expand")
 
 
 @pytest.mark.parametrize("case", [case for case in BY_NAME if not BY_NAME[case].mixing])

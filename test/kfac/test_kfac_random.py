@@ -12,6 +12,7 @@ import torch
 from kfac_cases import Lambda, setup
 from kfac_reference import Setup, block_diagonal, dense, reference_factors
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from curvlinops import KFACLinearOperator
 from curvlinops._random import RandomSource
@@ -151,6 +152,18 @@ def test_samples_of_a_shuffled_order():
     torch.testing.assert_close(
         kfac(turned, "type-2").to_dense(), kfac(problem, "type-2").to_dense()
     )
+
+
+def test_shuffled_data():
+    """Accepted by the check; the order does not matter without random numbers."""
+    problem = setup("inplace", "ce")
+    X, y = rebatched(problem, (5,)).data[0]
+    loader = DataLoader(TensorDataset(X.repeat(4, 1), y.repeat(4)), batch_size=3, shuffle=True)
+    shuffled = replace(problem, data=loader).kwargs(check_deterministic=True)
+    arguments = {**shuffled, "separate_weight_and_bias": False}
+    K = KFACLinearOperator(**arguments, fisher_type="type-2")
+    torch.testing.assert_close(K.to_dense(), kfac(problem, "type-2").to_dense())
+    assert KFACLinearOperator(**arguments, fisher_type="mc").trace() > 0
 
 
 # ---- signs ---------------------------------------------------------------------------------------
