@@ -95,8 +95,6 @@ class TensorLinearOperator(PyTorchLinearOperator):
         return combine("eigh", self)
 
     def _with_shift(self, shift: Scalar) -> PyTorchLinearOperator:
-        if _tensors.is_hermitian(self.matrix):
-            return super()._with_shift(shift)
         return TensorLinearOperator(_tensors.add_to_diagonal(self.matrix, shift))
 
     def _entrywise_squares(self) -> TensorLinearOperator:

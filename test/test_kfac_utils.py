@@ -241,6 +241,20 @@ def test_transposed_linear() -> None:
     assert isinstance(P.H @ P, IdentityLinearOperator)
 
 
+def test_layout_that_is_not_its_own_inverse() -> None:
+    """The way back undoes a cyclic permutation of three axes."""
+    x = {"weight": torch.randn(2, 3, 4), "bias": torch.randn(4)}
+    shapes = {name: value.shape for name, value in x.items()}
+    layouts = [{"view": [2, 3, 4], "order": [2, 0, 1]}]
+    P = ToCanonicalLinearOperator(shapes, [{"W": "weight", "b": "bias"}], layouts=layouts)
+    (canonical,) = P @ x
+    assert torch.equal(canonical.reshape(4, 7)[:, :6], x["weight"].permute(2, 0, 1).reshape(4, 6))
+    assert torch.equal(canonical.reshape(4, 7)[:, 6], x["bias"])
+    weight, bias = P.H @ (canonical,)
+    assert torch.equal(weight, x["weight"])
+    assert torch.equal(bias, x["bias"])
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 @pytest.mark.parametrize("joint", [True, False])
 def test_transposed_convolution(groups: int, joint: bool) -> None:

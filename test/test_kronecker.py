@@ -182,6 +182,7 @@ def flops(shapes: tuple[tuple[int, int], ...], columns: int) -> int:
         [(20, 20), (2, 30)],
         [(5, 7), (7, 5), (6, 6)],
         [(4, 40), (3, 2), (10, 9)],
+        [(4, 40), (1, 2)],  # the one that shrinks less goes first
         [(3, 1), (1, 4), (2, 2), (5, 3)],
     ],
 )
@@ -231,11 +232,17 @@ def test_products_fold() -> None:
 
 
 def test_products_do_not_fold_where_factors_do_not_fit() -> None:
-    """Equal dimensions of the products are not enough."""
+    """Equal dimensions of the products are not enough, nor first factors that fit."""
+    A = general(2, 2)
     left, right = Kron(general(2, 6), general(2, 2)), Kron(general(4, 3), general(3, 2))
     product = left @ right
     assert isinstance(product, _ChainPyTorchLinearOperator)
     assert torch.allclose(product.to_dense(), kron(*left) @ kron(*right))
+    for first, second in (
+        (Kron(A, A), Kron(A, A, 3 * torch.ones(1, 1, dtype=F64))),
+        (Kron(A, A, 3 * torch.ones(1, 1, dtype=F64)), Kron(A, A)),
+    ):
+        assert torch.allclose((first @ second).to_dense(), kron(*first) @ kron(*second))
     more = Kron(general(3, 1), general(2, 1), general(2, 1))
     assert isinstance(left @ more, _ChainPyTorchLinearOperator)
     assert torch.allclose((left @ more).to_dense(), kron(*left) @ kron(*more))
