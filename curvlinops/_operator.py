@@ -1,4 +1,4 @@
-"""The operator contract: what every linear operator offers, and the registry of algebra rules."""
+"""The operator contract: what every linear operator offers, derived from its product."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch
 from torch import Size, Tensor
 
 from curvlinops._formats import Columns, as_shapes, describe, from_columns, numel, to_columns
+from curvlinops._rules import combine
 from curvlinops._saving import compact, is_saveable, reduce_operator
+from curvlinops._scalars import Scalar, as_scalar
 from curvlinops._scipy import to_scipy
 
 if TYPE_CHECKING:
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 Operator = TypeVar("Operator", bound="PyTorchLinearOperator")
-Scalar = complex | Tensor
 STRATEGIES = {
     "use_heuristic_damping": False,
     "min_damping": 1e-8,
@@ -82,55 +83,6 @@ def record_gradients() -> Iterator[None]:
         _recording.enabled = before
 
 
-# --------------------------------------------------------------------------------------------------
-# Rules
-# --------------------------------------------------------------------------------------------------
-Rule = Callable[[Any, Any], Any]
-Function = TypeVar("Function", bound=Callable[..., Any])
-_RULES: dict[tuple[str, type, type], Rule] = {}
-_OPERATIONS: dict[str, Rule] = {}
-
-
-def rule(name: str, left: type, right: type) -> Callable[[Function], Function]:
-    """Register a mathematical fact about two types, next to the class it is about.
-
-    Names: ``"add"`` and ``"matmul"`` (two operators), ``"scale"`` (operator, scalar) and
-    ``"shift"`` (operator, scalar δ, for A + δI). A rule may return ``NotImplemented``.
-    """
-
-    def register(function: Function) -> Function:
-        _RULES[name, left, right] = function
-        return function
-
-    return register
-
-
-def apply_rule(name: str, left: Any, right: Any) -> Any | None:
-    """Return what the most specific rule makes of two operands, or None if there is none."""
-    for left_type in type(left).__mro__:
-        for right_type in type(right).__mro__:
-            found = _RULES.get((name, left_type, right_type))
-            result = NotImplemented if found is None else found(left, right)
-            if result is not NotImplemented:
-                return result
-    return None
-
-
-def operation(name: str) -> Callable[[Function], Function]:
-    """Register how an operation is done on any operators (lazily, where no rule applies)."""
-
-    def register(function: Function) -> Function:
-        _OPERATIONS[name] = function
-        return function
-
-    return register
-
-
-def combine(name: str, left: Any, right: Any = None) -> PyTorchLinearOperator:
-    """Apply an operation; ``_algebra`` holds them, which this base does not know."""
-    return _OPERATIONS[name](left, right)
-
-
 def map_state(state: Any, function: Callable[[Any], Any]) -> Any:
     """Apply a function to every tensor and operator in a state."""
     if isinstance(state, (Tensor, PyTorchLinearOperator)):
@@ -166,20 +118,6 @@ def check_replacement(what: str, old: PyTorchLinearOperator, new: PyTorchLinearO
     check_same(what, old, new)
 
 
-def as_scalar(value: Any) -> Scalar | None:
-    """Return a number or 0-d tensor as a scalar factor, None for anything else."""
-    if isinstance(value, Tensor):
-        return value if value.ndim == 0 else None
-    if isinstance(value, Number):
-        return value.item() if hasattr(value, "item") else value  # type: ignore[return-value]
-    return None
-
-
-def conj(value: Scalar) -> Scalar:
-    """Return the complex conjugate of a scalar."""
-    return value.conj() if isinstance(value, Tensor) else value.conjugate()
-
-
 def like(device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor | None:
     """Return an empty tensor that carries device and dtype of an operator without tensors.
 
@@ -187,16 +125,6 @@ def like(device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor
     operator multiplies tensors of any device and dtype.
     """
     return None if device is None and dtype is None else torch.empty(0, device=device, dtype=dtype)
-
-
-def magnitude(value: Scalar) -> float | Tensor:
-    """Return the absolute value of a scalar."""
-    return value.abs() if isinstance(value, Tensor) else abs(value)
-
-
-def is_real(value: Scalar) -> bool:
-    """Return whether a scalar is of a real type."""
-    return not value.is_complex() if isinstance(value, Tensor) else not isinstance(value, complex)
 
 
 def check_strategy(strategy: dict[str, Any]) -> None:

@@ -12,13 +12,13 @@ from curvlinops._algebra import identity_like
 from curvlinops._formats import Columns
 from curvlinops._operator import (
     PyTorchLinearOperator,
-    Scalar,
     check_replacement,
     check_same,
     check_strategy,
-    rule,
 )
+from curvlinops._rules import rule
 from curvlinops._saving import saveable
+from curvlinops._scalars import Scalar
 
 
 @saveable

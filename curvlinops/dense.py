@@ -9,8 +9,10 @@ from torch import Tensor
 
 from curvlinops import _tensors
 from curvlinops._formats import Columns
-from curvlinops._operator import PyTorchLinearOperator, Scalar, check_strategy, combine
+from curvlinops._operator import PyTorchLinearOperator, check_strategy
+from curvlinops._rules import combine
 from curvlinops._saving import saveable
+from curvlinops._scalars import Scalar
 
 
 @saveable

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from curvlinops import _tensors
 from curvlinops._formats import Columns
-from curvlinops._operator import PyTorchLinearOperator, Scalar, check_strategy, rule
+from curvlinops._operator import PyTorchLinearOperator, check_strategy
+from curvlinops._rules import rule
 from curvlinops._saving import saveable
+from curvlinops._scalars import Scalar
 
 
 @saveable

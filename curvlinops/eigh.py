@@ -9,15 +9,10 @@ from torch import Tensor
 
 from curvlinops import _tensors
 from curvlinops._formats import Columns, concatenate, split_flat
-from curvlinops._operator import (
-    PyTorchLinearOperator,
-    Scalar,
-    check_strategy,
-    is_real,
-    operation,
-    rule,
-)
+from curvlinops._operator import PyTorchLinearOperator, check_strategy
+from curvlinops._rules import operation, rule
 from curvlinops._saving import saveable
+from curvlinops._scalars import Scalar, is_real
 from curvlinops.dense import TensorLinearOperator
 
 

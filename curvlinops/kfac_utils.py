@@ -14,7 +14,8 @@ from torch import Size, Tensor
 
 from curvlinops._algebra import IdentityLinearOperator
 from curvlinops._formats import Columns
-from curvlinops._operator import PyTorchLinearOperator, like, rule
+from curvlinops._operator import PyTorchLinearOperator, like
+from curvlinops._rules import rule
 from curvlinops._saving import saveable
 
 

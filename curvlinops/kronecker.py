@@ -14,13 +14,13 @@ from curvlinops._algebra import IdentityLinearOperator
 from curvlinops._formats import Columns
 from curvlinops._operator import (
     PyTorchLinearOperator,
-    Scalar,
     check_replacement,
     check_same,
     check_strategy,
-    rule,
 )
+from curvlinops._rules import rule
 from curvlinops._saving import saveable
+from curvlinops._scalars import Scalar
 from curvlinops.dense import TensorLinearOperator
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator

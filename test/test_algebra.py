@@ -204,6 +204,23 @@ def test_scalar_tensors_do_not_widen(make: Any) -> None:
             assert value.dtype == A.dtype
 
 
+@pytest.mark.parametrize("scalar", [torch.tensor(2.0, dtype=F64), torch.tensor(2j), 2j, 2.0])
+def test_scalars_follow_their_operator(scalar: Any) -> None:
+    """``to`` moves and casts a scalar with its operator; a complex one stays complex."""
+    K = ZOO["kronecker_positive"]()[0]
+    real = not (scalar.is_complex() if isinstance(scalar, Tensor) else isinstance(scalar, complex))
+    for operator in (scalar * K, (K if real else 1j * K) + scalar * K**0):
+        cast = operator.to(F32)
+        assert cast.dtype == (F32 if real else C64)
+        assert cast.trace().dtype == cast.dtype
+        assert torch.allclose(cast.trace().to(operator.dtype), operator.trace(), rtol=1e-4)
+        moved = operator.to("meta")
+        kept = getattr(moved, "scalar", getattr(moved, "shift", None))
+        assert kept.is_meta if isinstance(scalar, Tensor) else kept == scalar
+        assert moved.device == torch.device("meta")
+        assert repr(moved).startswith("<12×12 operator ")
+
+
 def test_python_scalars_keep_their_digits() -> None:
     """0.1 is not rounded to float32 on its way into float64 results."""
     A = ZOO["kronecker_positive"]()[0]

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 TOP = "top"
 LAYERS = {
     "distributed": ["distributed"],
-    "L0": ["_formats", "_random", "_saving", "_tensors"],
+    "L0": ["_formats", "_random", "_rules", "_saving", "_scalars", "_tensors"],
     "L1": [
         "_algebra",
         "_operator",

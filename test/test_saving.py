@@ -137,6 +137,7 @@ def test_map_location(name: str) -> None:
     assert type(moved) is type(operator)
     tensors = [leaf for leaf in leaves(moved) if isinstance(leaf, Tensor)]
     assert all(tensor.is_meta for tensor in tensors)
+    assert repr(moved).startswith(repr(operator).split(" operator ")[0])  # without data, too
     assert (moved.in_shape, moved.dtype) == (operator.in_shape, operator.dtype)
     if operator.device is not None:
         assert moved.device == torch.device("meta")

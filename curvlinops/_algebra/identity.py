@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from curvlinops._formats import Columns
-from curvlinops._operator import PyTorchLinearOperator, Scalar, check_strategy, like, operation
+from curvlinops._operator import PyTorchLinearOperator, check_strategy, like
+from curvlinops._rules import operation
 from curvlinops._saving import saveable
+from curvlinops._scalars import Scalar
 
 
 @saveable

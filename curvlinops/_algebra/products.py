@@ -15,16 +15,13 @@ from curvlinops._algebra.sums import add_shift
 from curvlinops._formats import Columns, describe
 from curvlinops._operator import (
     PyTorchLinearOperator,
-    Scalar,
-    apply_rule,
     check_replacement,
     check_same,
     check_strategy,
-    is_real,
-    operation,
-    rule,
 )
+from curvlinops._rules import apply_rule, operation, rule
 from curvlinops._saving import saveable
+from curvlinops._scalars import Scalar, is_real
 
 
 @saveable

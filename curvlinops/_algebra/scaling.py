@@ -10,18 +10,10 @@ from torch import Tensor
 from curvlinops._algebra.identity import IdentityLinearOperator, identity_like, is_number, nonzero
 from curvlinops._algebra.wrappers import ScalarWrapper, number_text, scalar_for
 from curvlinops._formats import Columns
-from curvlinops._operator import (
-    PyTorchLinearOperator,
-    Scalar,
-    apply_rule,
-    check_strategy,
-    conj,
-    is_real,
-    magnitude,
-    operation,
-    rule,
-)
+from curvlinops._operator import PyTorchLinearOperator, check_strategy
+from curvlinops._rules import apply_rule, operation, rule
 from curvlinops._saving import saveable
+from curvlinops._scalars import Scalar, conj, is_real, magnitude
 from curvlinops._tensors import real_power
 
 

@@ -11,18 +11,10 @@ from curvlinops._algebra.identity import IdentityLinearOperator
 from curvlinops._algebra.scaling import ScaledLinearOperator, keeps_dtype, unscale
 from curvlinops._algebra.wrappers import ScalarWrapper, number_text
 from curvlinops._formats import Columns, describe
-from curvlinops._operator import (
-    PyTorchLinearOperator,
-    Scalar,
-    apply_rule,
-    check_same,
-    check_strategy,
-    conj,
-    magnitude,
-    operation,
-    rule,
-)
+from curvlinops._operator import PyTorchLinearOperator, check_same, check_strategy
+from curvlinops._rules import apply_rule, operation, rule
 from curvlinops._saving import saveable
+from curvlinops._scalars import Scalar, conj, magnitude
 from curvlinops._tensors import NotHermitianError
 
 

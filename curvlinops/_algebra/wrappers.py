@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from curvlinops._formats import Columns
-from curvlinops._operator import PyTorchLinearOperator, Scalar, conj, is_real, operation
+from curvlinops._operator import PyTorchLinearOperator
+from curvlinops._rules import operation
 from curvlinops._saving import saveable
+from curvlinops._scalars import Scalar, conj, is_real
 from curvlinops._tensors import complex_dtype
 
 
@@ -83,11 +85,28 @@ def number_text(value: Scalar) -> str:
     return f"{value:.4g}"
 
 
-@saveable
-class _AdjointLinearOperator(PyTorchLinearOperator):
-    """The adjoint of an operator that has no adjoint in closed form."""
+class _Conjugated(Wrapper):
+    """What adjoint and conjugate have in common: closed forms are those of A, conjugated."""
 
     _init_args = ("operator",)
+
+    def trace(self) -> Tensor:
+        return self.operator.trace().conj()
+
+    def diagonal(self) -> Tensor:
+        return self.operator.diagonal().conj()
+
+    def frobenius_norm(self) -> Tensor:
+        return self.operator.frobenius_norm()
+
+    def slogdet(self) -> tuple[Tensor, Tensor]:
+        sign, logabsdet = self.operator.slogdet()
+        return sign.conj(), logabsdet
+
+
+@saveable
+class _AdjointLinearOperator(_Conjugated):
+    """The adjoint of an operator that has no adjoint in closed form."""
 
     def __init__(self, operator: PyTorchLinearOperator):
         super().__init__(operator.out_shape, operator.in_shape)
@@ -110,19 +129,6 @@ class _AdjointLinearOperator(PyTorchLinearOperator):
     def _adjoint(self) -> PyTorchLinearOperator:
         return self.operator
 
-    def trace(self) -> Tensor:
-        return self.operator.trace().conj()
-
-    def diagonal(self) -> Tensor:
-        return self.operator.diagonal().conj()
-
-    def frobenius_norm(self) -> Tensor:
-        return self.operator.frobenius_norm()
-
-    def slogdet(self) -> tuple[Tensor, Tensor]:
-        sign, logabsdet = self.operator.slogdet()
-        return sign.conj(), logabsdet
-
     def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> PyTorchLinearOperator:
         return self.operator.inverse(conj(damping), **strategy).adjoint()
 
@@ -131,10 +137,8 @@ class _AdjointLinearOperator(PyTorchLinearOperator):
 
 
 @saveable
-class _ConjugateLinearOperator(Wrapper):
+class _ConjugateLinearOperator(_Conjugated):
     """The entry-wise complex conjugate of an operator."""
-
-    _init_args = ("operator",)
 
     def __init__(self, operator: PyTorchLinearOperator):
         super().__init__(operator.in_shape, operator.out_shape)
@@ -148,19 +152,6 @@ class _ConjugateLinearOperator(Wrapper):
 
     def _conjugate(self) -> PyTorchLinearOperator:
         return self.operator
-
-    def trace(self) -> Tensor:
-        return self.operator.trace().conj()
-
-    def diagonal(self) -> Tensor:
-        return self.operator.diagonal().conj()
-
-    def frobenius_norm(self) -> Tensor:
-        return self.operator.frobenius_norm()
-
-    def slogdet(self) -> tuple[Tensor, Tensor]:
-        sign, logabsdet = self.operator.slogdet()
-        return sign.conj(), logabsdet
 
     def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> PyTorchLinearOperator:
         return self.operator.inverse(conj(damping), **strategy)._conjugate()

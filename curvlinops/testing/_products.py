@@ -277,6 +277,20 @@ def check_copies(check: Check) -> None:
         pass  # an operator of a model cannot be cast without its model
 
 
+def _check_same_forms(check: Check, other: PyTorchLinearOperator) -> None:
+    """Check that a copy has the closed forms of the operator (that these are right: elsewhere)."""
+    for form in ("trace", "diagonal", "frobenius_norm", "slogdet"):
+        try:
+            value = getattr(check.op, form)()
+        except Exception:  # there is none
+            continue
+        copied = getattr(other, form)()
+        parts = zip(value, copied, strict=True) if form == "slogdet" else [(value, copied)]
+        for wanted, found in parts:
+            same = torch.equal(torch.as_tensor(found), torch.as_tensor(wanted))
+            check.require(same, f"has {form} {found} instead of {wanted}")
+
+
 def check_saving(check: Check) -> None:
     op = check.op
     operators = [part for part in leaves(op) if isinstance(part, PyTorchLinearOperator)]
@@ -295,6 +309,7 @@ def check_saving(check: Check) -> None:
         check.require(loaded.SELF_ADJOINT == op.SELF_ADJOINT, "has another SELF_ADJOINT")
         check.equals(loaded, check.dense)
         check.require(repr(loaded) == repr(op), f"is {loaded!r}")
+        _check_same_forms(check, loaded)
         for tensor in leaves(loaded):
             if isinstance(tensor, Tensor):
                 stored, needed = tensor.untyped_storage().nbytes(), tensor.nbytes

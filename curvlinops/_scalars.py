@@ -1,0 +1,34 @@
+"""Scalar factors: Python and NumPy numbers, and 0-d tensors."""
+
+from __future__ import annotations
+
+from numbers import Number
+from typing import Any
+
+from torch import Tensor
+
+Scalar = complex | Tensor
+
+
+def as_scalar(value: Any) -> Scalar | None:
+    """Return a number or 0-d tensor as a scalar factor, None for anything else."""
+    if isinstance(value, Tensor):
+        return value if value.ndim == 0 else None
+    if isinstance(value, Number):
+        return value.item() if hasattr(value, "item") else value  # type: ignore[return-value]
+    return None
+
+
+def conj(value: Scalar) -> Scalar:
+    """Return the complex conjugate of a scalar."""
+    return value.conj() if isinstance(value, Tensor) else value.conjugate()
+
+
+def magnitude(value: Scalar) -> float | Tensor:
+    """Return the absolute value of a scalar."""
+    return value.abs() if isinstance(value, Tensor) else abs(value)
+
+
+def is_real(value: Scalar) -> bool:
+    """Return whether a scalar is of a real type."""
+    return not value.is_complex() if isinstance(value, Tensor) else not isinstance(value, complex)
