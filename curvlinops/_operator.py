@@ -399,7 +399,7 @@ class PyTorchLinearOperator:
         """Return the log-determinant: NaN if the determinant is negative, -inf if it is 0."""
         sign, logabsdet = self.slogdet()
         if sign.is_complex():
-            return logabsdet + sign.log()
+            return logabsdet + torch.where(sign == 0, torch.ones_like(sign), sign).log()
         return torch.where(sign < 0, torch.full_like(logabsdet, torch.nan), logabsdet)
 
     def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> PyTorchLinearOperator:

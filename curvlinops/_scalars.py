@@ -14,8 +14,10 @@ def as_scalar(value: Any) -> Scalar | None:
     """Return a number or 0-d tensor as a scalar factor, None for anything else."""
     if isinstance(value, Tensor):
         return value if value.ndim == 0 else None
-    if isinstance(value, Number):
-        return value.item() if hasattr(value, "item") else value  # type: ignore[return-value]
+    if isinstance(value, (int, float, complex)):
+        return value
+    if isinstance(value, Number):  # of NumPy, or a fraction
+        return value.item() if hasattr(value, "item") else float(value)  # type: ignore[arg-type]
     return None
 
 

@@ -33,6 +33,12 @@ def complex_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.complex32)  # can be compiled, dtype.to_complex cannot
 
 
+def check_floating(tensor: Tensor, what: str) -> None:
+    """Raise if a tensor does not hold floating-point or complex numbers."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(f"{what} needs floating-point or complex numbers, got {tensor.dtype}.")
+
+
 def is_hermitian(matrix: Tensor) -> bool:
     """Return whether a square matrix ``[d, d]`` equals its adjoint up to rounding."""
     if matrix.shape[0] != matrix.shape[1]:

@@ -55,7 +55,11 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
             [shape for block in blocks for shape in block.out_shape],
         )
         self._blocks = blocks
-        self.SELF_ADJOINT = all(block.SELF_ADJOINT for block in blocks)
+
+    @property
+    def SELF_ADJOINT(self) -> bool:  # type: ignore[override]  # items may be replaced
+        """Whether the operator is its own adjoint."""
+        return all(block.SELF_ADJOINT for block in self._blocks)
 
     @property
     def blocks(self) -> list[PyTorchLinearOperator]:
@@ -75,7 +79,6 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
         """Replace a block by another one between the same spaces."""
         check_replacement("a block-diagonal operator", self._blocks[index], block)
         self._blocks[index] = block
-        self.SELF_ADJOINT = all(block.SELF_ADJOINT for block in self._blocks)
 
     def _split(self, X: Columns, shapes: str) -> list[Columns]:
         """Split the tensors of a space into those of each block."""

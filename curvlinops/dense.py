@@ -39,6 +39,7 @@ class TensorLinearOperator(PyTorchLinearOperator):
         if not isinstance(matrix, Tensor) or matrix.ndim != 2:
             got = list(matrix.shape) if isinstance(matrix, Tensor) else type(matrix).__name__
             raise ValueError(f"A dense operator needs a tensor with two axes, got {got}.")
+        _tensors.check_floating(matrix, "A dense operator")
         super().__init__([(matrix.shape[1],)], [(matrix.shape[0],)])
         self.matrix = matrix
 
@@ -53,6 +54,7 @@ class TensorLinearOperator(PyTorchLinearOperator):
 
     def trace(self) -> Tensor:
         """Return the sum of the diagonal."""
+        self._check_square("trace")
         return self.diagonal().sum()
 
     def diagonal(self) -> Tensor:

@@ -38,6 +38,8 @@ class DiagonalLinearOperator(PyTorchLinearOperator):
 
     def __init__(self, diagonal: Sequence[Tensor] | Tensor):
         entries = [diagonal] if isinstance(diagonal, Tensor) else list(diagonal)
+        for entry in entries:
+            _tensors.check_floating(entry, "A diagonal operator")
         super().__init__([d.shape for d in entries], [d.shape for d in entries])
         if len({(d.dtype, d.device) for d in entries}) > 1:
             raise ValueError("The tensors of a diagonal operator must share dtype and device.")

@@ -65,6 +65,13 @@ class EighDecomposedLinearOperator(PyTorchLinearOperator):
     def _out_names(self) -> list[str] | None:
         return self._basis._out_names
 
+    def to(self, *args: Any, **kwargs: Any) -> EighDecomposedLinearOperator:
+        """Return the operator with its tensors moved or cast; real eigenvalues stay real."""
+        values = self._eigenvalues.to(*args, **kwargs)
+        if not self._eigenvalues.is_complex() and values.is_complex():
+            values = values.real
+        return EighDecomposedLinearOperator(values, self.eigenvectors.to(*args, **kwargs))
+
     @property
     def eigenvalues(self) -> Tensor:
         """The eigenvalues ``[D]``; can be replaced by others of the same shape."""

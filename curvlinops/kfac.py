@@ -9,6 +9,7 @@ from torch import Tensor
 
 from curvlinops._operator import PyTorchLinearOperator
 from curvlinops._saving import saveable
+from curvlinops._tensors import is_hermitian
 from curvlinops._torch_base import _ChainPyTorchLinearOperator
 from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.computers._base import KFACComputer
@@ -76,7 +77,6 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         >>> natural_gradient = K.inverse(damping=1e-2, use_heuristic_damping=True) @ gradient
     """
 
-    SELF_ADJOINT = True
     _BACKENDS: ClassVar[dict[str, type[KFACComputer]]] = {"hooks": HooksKFACComputer}
 
     def __init__(
@@ -155,6 +155,13 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         return operator
 
     @property
+    def SELF_ADJOINT(self) -> bool:  # type: ignore[override]  # a user may replace factors
+        """Whether the operator is its own adjoint: always, unless factors were replaced."""
+        middle = self._operators[1]
+        blocks = middle if isinstance(middle, BlockDiagonalLinearOperator) else [middle]
+        return all(_is_self_adjoint(block) for block in blocks)
+
+    @property
     def _operator(self) -> _ChainPyTorchLinearOperator:
         """The plain chain P @ B @ Pᵀ."""
         return _ChainPyTorchLinearOperator(*self._operators)
@@ -197,3 +204,10 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
 
     def _formula(self) -> str:
         return type(self).__name__.removesuffix("LinearOperator")
+
+
+def _is_self_adjoint(block: PyTorchLinearOperator) -> bool:
+    """Return whether a block is Hermitian; a Kronecker product is if its factors are."""
+    if not isinstance(block, KroneckerProductLinearOperator):
+        return block.SELF_ADJOINT
+    return all(is_hermitian(f) if isinstance(f, Tensor) else f.SELF_ADJOINT for f in block)

@@ -114,6 +114,8 @@ class KroneckerProductLinearOperator(PyTorchLinearOperator):
         )
         for index in order:
             tensor = _apply_along(operators[index], tensor, index + 1)
+        if all(isinstance(op, IdentityLinearOperator) for op in operators):
+            tensor = tensor.clone()  # a result does not share memory with its input
         return [tensor.reshape(num_columns, -1).T]
 
     def _adjoint(self) -> KroneckerProductLinearOperator:
@@ -177,7 +179,8 @@ class KroneckerProductLinearOperator(PyTorchLinearOperator):
           :math:`m_i = \mathrm{tr}(S_i) / d_i`, the damping is
           :math:`\max(\sqrt{\delta m_1 / m_2}, \text{min\_damping})` for :math:`S_1` and
           :math:`\max(\sqrt{\delta m_2 / m_1}, \text{min\_damping})` for :math:`S_2`; a single
-          factor gets :math:`\max(\delta, \text{min\_damping})`;
+          factor gets :math:`\max(\delta, \text{min\_damping})`; if an :math:`m_i` is 0, both get
+          :math:`\sqrt{\delta}`;
         - exact: :math:`(S_1 \otimes S_2 + \delta I)^{-1}` through the factors'
           eigendecompositions, returned in eigendecomposed form.
 
@@ -245,7 +248,7 @@ class KroneckerProductLinearOperator(PyTorchLinearOperator):
                 f"{self!r} have {means}."
             )
         if min(means) == 0:
-            return [max(real**0.5, min_damping)] * 2
+            return [real**0.5] * 2
         first, second = means
         return [
             max((real * first / second) ** 0.5, min_damping),

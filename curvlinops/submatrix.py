@@ -51,7 +51,11 @@ class SubmatrixLinearOperator(PyTorchLinearOperator):
         """Set rows and columns; a principal sub-matrix has the same ones."""
         super().__init__([(len(columns),)], [(len(rows),)])
         self._rows, self._columns, self._principal = rows, columns, principal
-        self.SELF_ADJOINT = self._operator.SELF_ADJOINT and principal
+
+    @property
+    def SELF_ADJOINT(self) -> bool:  # type: ignore[override]  # items may be replaced
+        """Whether the operator is its own adjoint."""
+        return self._operator.SELF_ADJOINT and self._principal
 
     def _state(self) -> dict[str, Any]:
         return {

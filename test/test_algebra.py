@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator
 from curvlinops.kfac_utils import FromCanonicalLinearOperator
 from curvlinops.kronecker import KroneckerProductLinearOperator
+from curvlinops.submatrix import SubmatrixLinearOperator
 from curvlinops.testing import check_operator
 
 
@@ -717,3 +719,49 @@ def test_random_compositions(composition: tuple[PyTorchLinearOperator, Tensor]) 
     check_operator(
         operator, matrix, rtol=1e-5, skip=["scipy", "formats", "errors", "algebra", "inverse"]
     )
+
+
+def test_self_adjointness_follows_replaced_items() -> None:
+    """An operator around others must not remember that they were self-adjoint."""
+    matrix = torch.rand(3, 3, dtype=F64)
+    B = BlockDiagonalLinearOperator([DiagonalLinearOperator([torch.rand(3, dtype=F64)])])
+    wrappers = [SumLinearOperator([B, B]), ScaledLinearOperator(B, 2), ShiftedLinearOperator(B, 3)]
+    wrappers.append(SubmatrixLinearOperator(B, [0, 1], [0, 1]))
+    assert all(op.SELF_ADJOINT for op in [B, *wrappers])
+    B[0] = TensorLinearOperator(matrix)
+    for op in [B, *wrappers]:
+        assert not op.SELF_ADJOINT
+        assert torch.allclose(op.T.to_dense(), op.to_dense().T)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.complex128])
+def test_logdet_of_singular_operators(dtype: torch.dtype) -> None:
+    logdet = TensorLinearOperator(torch.zeros(2, 2, dtype=dtype)).logdet()
+    assert logdet.real == -torch.inf
+    if dtype.is_complex:
+        assert logdet.imag == 0
+
+
+def test_fractions_are_scalars() -> None:
+    D = DiagonalLinearOperator([torch.ones(2, dtype=F64)])
+    assert torch.equal((Fraction(1, 4) * D).diagonal(), torch.full((2,), 0.25, dtype=F64))
+
+
+@pytest.mark.parametrize("make", [TensorLinearOperator, lambda t: DiagonalLinearOperator([t])])
+def test_integers_are_refused(make) -> None:
+    with pytest.raises(ValueError, match="floating-point or complex"):
+        make(torch.eye(2, dtype=torch.int64))
+
+
+def test_results_do_not_share_memory_with_inputs() -> None:
+    eye = IdentityLinearOperator([(3,)], "cpu", F64)
+    for op in (eye, BlockDiagonalLinearOperator([eye, eye]), KroneckerProductLinearOperator(eye)):
+        x = torch.ones(op.shape[1], dtype=F64)
+        (op @ x).zero_()
+        assert torch.equal(x, torch.ones_like(x))
+
+
+def test_real_eigenvalues_stay_real() -> None:
+    E = TensorLinearOperator(torch.eye(2, dtype=torch.complex64)).eigh().to(torch.complex128)
+    assert E.SELF_ADJOINT
+    assert E.eigenvalues.dtype == F64

@@ -63,7 +63,7 @@ class IdentityLinearOperator(PyTorchLinearOperator):
         return self._names
 
     def _matmat(self, X: Columns) -> Columns:
-        return list(X)
+        return [x.clone() for x in X]  # a result does not share memory with its input
 
     def _conjugate(self) -> IdentityLinearOperator:
         return self

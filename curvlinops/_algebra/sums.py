@@ -37,7 +37,11 @@ class SumLinearOperator(PyTorchLinearOperator):
         self.operators = list(operators)
         for other in operators[1:]:
             _check_sum(operators[0], other)
-        self.SELF_ADJOINT = all(op.SELF_ADJOINT for op in operators)
+
+    @property
+    def SELF_ADJOINT(self) -> bool:  # type: ignore[override]  # items may be replaced
+        """Whether the operator is its own adjoint."""
+        return all(op.SELF_ADJOINT for op in self.operators)
 
     @property
     def _in_names(self) -> list[str] | None:

@@ -38,7 +38,6 @@ class ScalarWrapper(Wrapper):
         super().__init__(operator.in_shape, operator.out_shape)
         self.operator = operator
         setattr(self, self._SCALAR, scalar)
-        self.SELF_ADJOINT = operator.SELF_ADJOINT and is_real(scalar)
 
     def _state(self) -> dict[str, Any]:
         scalar = getattr(self, self._SCALAR)
@@ -59,6 +58,11 @@ class ScalarWrapper(Wrapper):
     @property
     def device(self) -> torch.device | None:
         return self.operator.device
+
+    @property
+    def SELF_ADJOINT(self) -> bool:  # type: ignore[override]  # items may be replaced
+        """Whether the operator is its own adjoint."""
+        return self.operator.SELF_ADJOINT and is_real(getattr(self, self._SCALAR))
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -90,6 +91,11 @@ class HooksCollector:
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
         ) -> Tensor | None:
             watch.leave()
+            if _is_checkpointed():
+                raise NotImplementedError(
+                    f"Layer {name!r} is inside of torch.utils.checkpoint, where hooks do not see "
+                    "its gradients: disable activation checkpointing while factors are computed."
+                )
             if not torch.is_grad_enabled():
                 return None  # the prediction's derivative does not see this call
             usage = self._calls.get(name, 0)
@@ -106,6 +112,16 @@ class HooksCollector:
             return _Listen.apply(output, self._root, on_gradient)
 
         return hook
+
+
+def _is_checkpointed() -> bool:
+    """Return whether the caller runs inside of activation checkpointing."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 class _Listen(torch.autograd.Function):

@@ -40,6 +40,11 @@ def gram(rows: Tensor) -> Tensor:
     return rows.T @ rows
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Return half precision in float32, lest sums overflow or lose small terms."""
+    return tensor.float() if tensor.itemsize < 4 else tensor
+
+
 class Positions:
     """The inputs of a layer at all positions of a batch.
 
@@ -87,13 +92,13 @@ class Moment:
     def update(self, rows: Tensor, ones: float | None = None) -> None:
         """Add rows ``[r, d]``, with a constant column appended unless ``ones`` is None."""
         self.count += rows.shape[0]
+        rows = widened(rows)
         if self.diagonal:
             new = (rows**2).sum(0)
         else:
             new = gram(rows)
         if ones is not None:
             new = self._append(new, rows, ones)
-        new = new.float() if new.itemsize < 4 else new
         self.total = new if self.total is None else self.total.add_(new)
 
     def _append(self, moment: Tensor, rows: Tensor, ones: float) -> Tensor:

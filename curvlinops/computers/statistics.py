@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from curvlinops.computers.plan import GroupPlan
-from curvlinops.computers.positions import Moment, Positions
+from curvlinops.computers.positions import Moment, Positions, widened
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.kfac_utils import KFACType
 
@@ -54,7 +54,7 @@ class CovarianceStatistic:
             for plan in plans:
                 self._inputs[plan.key].update(rows, _ones(plan, layer))
             return
-        mean, num_positions = positions.mean(), positions.num_positions
+        mean, num_positions = widened(positions.mean()), positions.num_positions
         for plan in plans:
             ones = _ones(plan, layer)
             total, total_ones, count = self._pooled_inputs.get(plan.key, (0, 0.0, 0))
@@ -79,7 +79,7 @@ class CovarianceStatistic:
             if layer not in layers:
                 continue
             if self._reduce:
-                summed = gradient.sum(2)  # [V, n, d_out]
+                summed = widened(gradient).sum(2)  # [V, n, d_out]
                 before = self._pooled_gradients.get(layers)
                 self._pooled_gradients[layers] = summed if before is None else before + summed
             else:

@@ -838,8 +838,8 @@ class LosesPart(Saved):
         return {"low": self.low, "high": self.high if not saving else 0 * self.high}
 
 
-class LosesTrace(Saved):
-    """Knows its trace from elsewhere."""
+class LosesKnowledge(Saved):
+    """Knows its diagonal from elsewhere."""
 
     known = 5.0
 
@@ -886,7 +886,7 @@ class PickledByName(Saved):
     [
         (Saved, None),
         (LosesPart, "saving: torch.load: max abs error"),
-        (LosesTrace, "saving: torch.load: has diagonal"),
+        (LosesKnowledge, "saving: torch.load: has diagonal"),
         (OtherType, "saving: torch.load: is a Saved"),
         (SavesWholeStorage, "saving: torch.load: a tensor of"),
         (CannotMove, r"saving: torch.load\(map_location\)"),
