@@ -37,7 +37,8 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
     of its outputs when the vectors :math:`v` are back-propagated (Martens & Grosse, 2015,
     "Optimizing neural networks with Kronecker-factored approximate curvature"; Grosse & Martens,
     2016, for convolutions; Eschenhagen et al., 2023, for expand and reduce). Inputs and output
-    gradients come with S positions per example that share the weights: pixels, tokens.
+    gradients come with S positions per example that share the weights: pixels, tokens. The examples
+    of a batch run along the first axis of a layer's input (batch first).
 
     Factors are computed once, in the constructor, in one pass over the data. ``P, B, PT = K``
     unpacks the chain. All closed forms (``trace``, ``det``, ``logdet``, ``frobenius_norm``,
