@@ -70,3 +70,24 @@ def test_half_precision_sums_do_not_overflow(scale: float, rows: int, kfac_appro
     )
     for actual, expected in zip(half.factors("0.weight"), single.factors("0.weight"), strict=True):
         torch.testing.assert_close(actual.float(), expected, rtol=2e-2, atol=1e-3)
+
+
+def test_half_precision_pooling_does_not_overflow():
+    """reduce sums an example's inputs over positions before it averages them."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.linear(x).mean(1)
+
+    model = Pooled().half()
+    X = (50 * torch.rand(2, 3000, 4)).half()  # sums over positions exceed 65504, means do not
+    params, data = dict(model.named_parameters()), [(X, torch.rand(2, 2).half())]
+    K = KFACLinearOperator(model, nn.MSELoss(), params, data, kfac_approx="reduce")
+    mean = X.float().mean(1)
+    torch.testing.assert_close(
+        K.factors("linear.weight")[1].float(), mean.T @ mean / 2, rtol=2e-2, atol=0
+    )
