@@ -8,7 +8,10 @@ from curvlinops.dense import TensorLinearOperator
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator
 from curvlinops.ggn import GGNLinearOperator
+from curvlinops.ggn_diagonal import GGNDiagonalLinearOperator
+from curvlinops.gradient_moments import EFLinearOperator, PerExampleGradientLinearOperator
 from curvlinops.hessian import HessianLinearOperator
+from curvlinops.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
 from curvlinops.kfac import KFACLinearOperator
 from curvlinops.kfac_utils import (
     FisherType,
@@ -25,20 +28,25 @@ __all__ = [
     "BlockDiagonalLinearOperator",
     "CurvatureLinearOperator",
     "DiagonalLinearOperator",
+    "EFLinearOperator",
     "EighDecomposedLinearOperator",
     "FisherType",
     "FromCanonicalLinearOperator",
+    "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",
     "IdentityLinearOperator",
+    "JacobianLinearOperator",
     "KFACLinearOperator",
     "KFACType",
     "KroneckerProductLinearOperator",
     "OuterProductLinearOperator",
+    "PerExampleGradientLinearOperator",
     "PyTorchLinearOperator",
     "SubmatrixLinearOperator",
     "TensorLinearOperator",
     "ToCanonicalLinearOperator",
+    "TransposedJacobianLinearOperator",
     "cg",
     "record_gradients",
 ]

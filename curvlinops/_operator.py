@@ -489,11 +489,9 @@ def _first(item: Any, attribute: str) -> Any:
 def _apply(operator: PyTorchLinearOperator, x: Any, leading: bool) -> Any:
     """Multiply an operator, or from the left its transpose, onto a vector or matrix."""
     if leading:
-        in_shape, out_shape = operator.out_shape, operator.in_shape
-        in_names, out_names = operator._out_names, operator._in_names
+        in_shape, in_names, out_names = operator.out_shape, operator._out_names, operator._in_names
     else:
-        in_shape, out_shape = operator.in_shape, operator.out_shape
-        in_names, out_names = operator._in_names, operator._out_names
+        in_shape, in_names, out_names = operator.in_shape, operator._in_names, operator._out_names
     columns, fmt = to_columns(x, in_shape, in_names, leading)
     for attribute in ("dtype", "device"):
         own = getattr(operator, attribute)
@@ -505,6 +503,7 @@ def _apply(operator: PyTorchLinearOperator, x: Any, leading: bool) -> Any:
             )
     num_columns = columns[0].shape[-1]
     if num_columns == 0:
+        out_shape = operator.in_shape if leading else operator.out_shape
         result = [columns[0].new_zeros(*shape, 0) for shape in out_shape]
         return from_columns(result, out_shape, out_names, fmt)
     with torch.set_grad_enabled(_is_recording() and torch.is_grad_enabled()):
@@ -514,6 +513,8 @@ def _apply(operator: PyTorchLinearOperator, x: Any, leading: bool) -> Any:
             result = operator._matmat(columns)
         if operator._IS_PERMUTATION:  # the result must not share memory with x
             result = [y.clone() for y in result]
+    # read only now, because the product may be what tells an operator its shape
+    out_shape = operator.in_shape if leading else operator.out_shape
     expected = [Size((*shape, num_columns)) for shape in out_shape]
     if [y.shape for y in result] != expected:
         raise ValueError(

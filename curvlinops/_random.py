@@ -4,6 +4,7 @@ The one place that draws the random numbers of curvature matrices. The numbers o
 not depend on how the data are batched, on the rank of a distributed run, on the model's dtype or
 device, or on what was drawn before. They are uniforms on the open interval (0, 1), in float64 on
 the CPU; whoever needs classes or Gaussians transforms them. No global generator is read or moved.
+A function compiled by ``torch.compile`` draws the same numbers, with one opaque operation.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class RandomSource:
             raise ValueError(f"seed must be an integer, got {seed!r}.") from None
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be between 0 and 2**64 - 1, got {seed}.")
+        # The same bits as a signed integer, for the operation below.
+        self._signed_seed = self.seed - 2**64 if self.seed >= 2**63 else self.seed
 
     def __repr__(self) -> str:
         """Name the seed."""
@@ -89,8 +92,10 @@ class RandomSource:
                 "first_term, num_terms and draws must not be negative, "
                 f"got {first_term}, {num_terms} and {draws}."
             )
-        raw = self._raw(PURPOSES[purpose], first_term * draws, num_terms * draws)
-        return torch.from_numpy(_open_uniforms(raw)).reshape(num_terms, draws)
+        code = PURPOSES[purpose]
+        if torch.compiler.is_compiling():
+            return _traced_uniforms(self._signed_seed, code, first_term, num_terms, draws)
+        return _uniforms(self.seed, code, first_term, num_terms, draws)
 
     def signs(self, purpose: str, first_term: int, num_terms: int, draws: int) -> Tensor:
         """Draw random signs for consecutive loss terms: -1 where the uniform is below 1/2, else 1.
@@ -110,14 +115,35 @@ class RandomSource:
         uniforms = self.uniforms(purpose, first_term, num_terms, draws)
         return (uniforms >= 0.5).to(torch.float64).mul_(2).sub_(1)
 
-    def _raw(self, purpose_code: int, start: int, num: int) -> NDArray[np.uint64]:
-        """Return numbers ``start, ..., start + num - 1`` of a purpose's stream, ``[num]``."""
-        generator = Philox(key=np.array([self.seed, purpose_code], dtype=np.uint64))
-        # `advance` moves the counter by whole steps, so the numbers of the step that lie before
-        # `start` are generated and dropped.
-        steps, dropped = divmod(start, _NUMBERS_PER_STEP)
-        generator.advance(steps)
-        return generator.random_raw(dropped + num)[dropped:]
+
+def _uniforms(seed: int, code: int, first_term: int, num_terms: int, draws: int) -> Tensor:
+    """Return the uniforms ``[num_terms, draws]`` of consecutive loss terms."""
+    raw = _raw(seed, code, first_term * draws, num_terms * draws)
+    return torch.from_numpy(_open_uniforms(raw)).reshape(num_terms, draws)
+
+
+@torch.library.custom_op("curvlinops::uniforms", mutates_args=())
+def _traced_uniforms(
+    signed_seed: int, code: int, first_term: int, num_terms: int, draws: int
+) -> Tensor:
+    """The same as an operation that ``torch.compile`` does not look into; integers are signed."""
+    return _uniforms(signed_seed % 2**64, code, first_term, num_terms, draws)
+
+
+@_traced_uniforms.register_fake
+def _(signed_seed: int, code: int, first_term: int, num_terms: int, draws: int) -> Tensor:
+    """Tell the result's shape."""
+    return torch.empty(num_terms, draws, dtype=torch.float64)
+
+
+def _raw(seed: int, code: int, start: int, num: int) -> NDArray[np.uint64]:
+    """Return numbers ``start, ..., start + num - 1`` of a purpose's stream, ``[num]``."""
+    generator = Philox(key=np.array([seed, code], dtype=np.uint64))
+    # `advance` moves the counter by whole steps, so the numbers of the step that lie before `start`
+    # are generated and dropped.
+    steps, dropped = divmod(start, _NUMBERS_PER_STEP)
+    generator.advance(steps)
+    return generator.random_raw(dropped + num)[dropped:]
 
 
 def _open_uniforms(raw: NDArray[np.uint64]) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,12 +11,11 @@ from torch import Tensor
 
 from curvlinops._formats import Columns
 from curvlinops._torch_base import PyTorchLinearOperator
-from curvlinops.risk import Batch, EmpiricalRisk, loss_entry
+from curvlinops.kept_graphs import KeptGraph, KeptGraphs
+from curvlinops.linearization import Differentiator
+from curvlinops.risk import Batch, EmpiricalRisk, Loss, loss_entry
+from curvlinops.risk.data import TermCounter
 from curvlinops.risk.model import ModelFunction
-
-# The types of torch do not tell two results from the three with has_aux=True.
-jvp: Any = torch.func.jvp
-vjp: Any = torch.func.vjp
 
 
 class CurvatureLinearOperator(PyTorchLinearOperator):
@@ -61,7 +61,20 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
 
 
 class RiskLinearOperator(CurvatureLinearOperator):
-    """A curvature matrix that is multiplied batch by batch; arguments as its base class."""
+    """A curvature matrix that is multiplied batch by batch; arguments as its base class.
+
+    A subclass implements :meth:`_multiply_batch`, and :meth:`_keep_batch` for kept graphs.
+
+    Args:
+        chunk_size: How many columns of a matrix are multiplied at once. They share one forward
+            pass. Default: as many as need little memory.
+        keep_graph: Whether to keep the graph of each batch between products, on fixed data. Further
+            products then need no forward pass, but all batches' graphs are kept in memory (each
+            takes two to four times what training on the batch does). They are rebuilt when a
+            parameter, a buffer or a batch was changed in place or replaced, or the module switched
+            between training and evaluation; changes that PyTorch does not count (through
+            ``.data`` or NumPy) go unnoticed.
+    """
 
     def __init__(
         self,
@@ -73,9 +86,14 @@ class RiskLinearOperator(CurvatureLinearOperator):
         check_deterministic: bool = True,
         num_data: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
+        *,
+        chunk_size: int | None = None,
+        keep_graph: bool = False,
     ):
         """Build the risk; no product is computed yet."""
-        loss_entry(loss_func)  # refuses None, with which a risk can do without a loss
+        loss, _ = loss_entry(loss_func)  # refuses None, with which a risk can do without a loss
+        self._check_loss(loss)
+        check_chunk_size(chunk_size)
         self._risk = EmpiricalRisk(
             model_func,
             loss_func,
@@ -85,7 +103,10 @@ class RiskLinearOperator(CurvatureLinearOperator):
             check_deterministic=check_deterministic,
             num_data=num_data,
             batch_size_fn=batch_size_fn,
+            needs_fixed_order=self._needs_fixed_order,
         )
+        self._differentiator = Differentiator(self._risk, chunk_size)
+        self._kept = KeptGraphs() if keep_graph else None
         shapes = [p.shape for p in self._risk.params.values()]
         super().__init__(shapes, shapes)
 
@@ -119,33 +140,78 @@ class RiskLinearOperator(CurvatureLinearOperator):
         return list(self._risk.params)
 
     @property
+    def _needs_fixed_order(self) -> bool:
+        """Whether a product depends on the order of the data."""
+        return False
+
+    def _check_loss(self, loss: Loss) -> None:
+        """Raise if the matrix does not exist for a loss."""
+
+    @property
+    def _loss(self) -> Loss:
+        """The risk's loss entry."""
+        assert self._risk.loss is not None
+        return self._risk.loss
+
+    @property
     def _theta(self) -> dict[str, Tensor]:
         """The parameters without requires_grad: plain autograd would record a second graph."""
         return {name: p.detach() for name, p in self._risk.params.items()}
 
     def _matmat(self, X: Columns) -> Columns:
+        recording = torch.is_grad_enabled()
+        counter = self._risk.term_counter()
+        kept = None if recording or torch.compiler.is_compiling() else self._kept
+        if kept is not None:
+            kept.start(self._risk.dependencies())
+
         def multiply(batch: Batch) -> tuple[list[Tensor], Tensor | float]:
-            return self._multiply_batch(batch, X)
+            product = None if kept is None else self._multiply_kept(kept, batch, X, counter)
+            return product or self._multiply_batch(batch, X, counter, recording)
 
         return self._risk.sum_over_data(multiply, f"{self._formula()} product")
 
-    def _multiply_batch(self, batch: Batch, X: Columns) -> tuple[Columns, Tensor | float]:
+    def _multiply_kept(
+        self, kept: KeptGraphs, batch: Batch, X: Columns, counter: TermCounter
+    ) -> tuple[Columns, Tensor | float] | None:
+        """Multiply with a batch's kept graph, made now if there is none; None if it cannot be."""
+        graph = kept.find(batch.source, counter.position)
+        if graph is None:
+            if not kept.wanted:
+                return None
+            before = counter.position
+            try:
+                graph = self._keep_batch(batch, counter)
+            except NotImplementedError as error:
+                kept.give_up(f"{error}")
+            if graph is None:
+                counter.position = before
+                return None
+            kept.keep(batch.source, before, graph)
+        else:
+            counter.advance(graph.num_terms)
+        with torch.no_grad():
+            V = dict(zip(self._risk.params, X, strict=True))
+            return self._differentiator.each(graph.multiply, V), graph.normalizer
+
+    def _multiply_batch(
+        self, batch: Batch, X: Columns, counter: TermCounter, recording: bool
+    ) -> tuple[Columns, Tensor | float]:
         """Multiply a batch's matrix, summed over loss terms, onto tensors ``[*N_i, K]``.
 
         Returns the product and the batch's normalizer of the loss.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement _multiply_batch.")
 
+    def _keep_batch(self, batch: Batch, counter: TermCounter) -> KeptGraph | None:
+        """Return a graph that multiplies a batch's matrix; None where this does not pay.
 
-def stack_columns(columns: list[dict[str, Tensor]]) -> Columns:
-    """Stack K products, dicts of tensors ``[*N_i]`` (maybe sparse), to tensors ``[*N_i, K]``."""
-    return [
-        torch.stack([column[name].to_dense() for column in columns], dim=-1).detach()
-        for name in columns[0]
-    ]
+        Raises ``NotImplementedError`` where an operation of the model has no second derivative.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement _keep_batch.")
 
 
-def unstack_columns(names: Iterable[str], X: Columns) -> list[dict[str, Tensor]]:
-    """Split tensors ``[*N_i, K]`` into K dicts of tensors ``[*N_i]``."""
-    columns = zip(*(x.unbind(-1) for x in X), strict=True)
-    return [dict(zip(names, column, strict=True)) for column in columns]
+def check_chunk_size(chunk_size: int | None) -> None:
+    """Raise if it is not a positive integer."""
+    if chunk_size is not None and operator.index(chunk_size) < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")

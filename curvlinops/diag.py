@@ -24,9 +24,12 @@ class DiagonalLinearOperator(PyTorchLinearOperator):
 
     Args:
         diagonal: A list of tensors, the diagonal in the shape of the space (or one tensor).
+        names: The names of the tensors of the space, for vectors that are dicts. Sums, products and
+            so on keep them.
 
     Raises:
-        ValueError: If the list is empty, or its tensors differ in dtype or device.
+        ValueError: If the list is empty, its tensors differ in dtype or device, or names are not as
+            many different strings as there are tensors.
 
     Example:
         >>> import torch
@@ -36,7 +39,7 @@ class DiagonalLinearOperator(PyTorchLinearOperator):
         tensor([0.5000, 0.6667, 0.8000])
     """
 
-    def __init__(self, diagonal: Sequence[Tensor] | Tensor):
+    def __init__(self, diagonal: Sequence[Tensor] | Tensor, names: Sequence[str] | None = None):
         entries = [diagonal] if isinstance(diagonal, Tensor) else list(diagonal)
         for entry in entries:
             _tensors.check_floating(entry, "A diagonal operator")
@@ -44,14 +47,26 @@ class DiagonalLinearOperator(PyTorchLinearOperator):
         if len({(d.dtype, d.device) for d in entries}) > 1:
             raise ValueError("The tensors of a diagonal operator must share dtype and device.")
         self._entries = entries
+        self._names = None if names is None else _checked(names, len(entries))
         self.SELF_ADJOINT = not entries[0].is_complex()
 
     def _state(self) -> dict[str, Any]:
-        return {"diagonal": self._entries}
+        return {"diagonal": self._entries, "names": self._names}
 
     @classmethod
-    def _from_state(cls, state: dict[str, Any]) -> DiagonalLinearOperator:
-        return DiagonalLinearOperator(state["diagonal"])
+    def _from_state(cls, state: dict[str, Any]) -> Any:
+        operator = cls.__new__(cls)  # a subclass may compute its entries in the constructor
+        names = state.get("names")  # files of earlier versions have none
+        DiagonalLinearOperator.__init__(operator, state["diagonal"], names)
+        return operator
+
+    @property
+    def _in_names(self) -> list[str] | None:
+        return self._names
+
+    @property
+    def _out_names(self) -> list[str] | None:
+        return self._names
 
     def tensors(self) -> list[Tensor]:
         """Return the diagonal as tensors in the shape of the space."""
@@ -64,7 +79,9 @@ class DiagonalLinearOperator(PyTorchLinearOperator):
         return self._conjugate()
 
     def _conjugate(self) -> DiagonalLinearOperator:
-        return DiagonalLinearOperator([d.conj() for d in self._entries])
+        if self.SELF_ADJOINT:
+            return self
+        return DiagonalLinearOperator([d.conj() for d in self._entries], self._names)
 
     def trace(self) -> Tensor:
         """Return the sum of the entries."""
@@ -96,7 +113,7 @@ class DiagonalLinearOperator(PyTorchLinearOperator):
                 f"Cannot invert {self!r}: with damping {damping} it has zeros on its diagonal. "
                 "Increase the damping."
             )
-        return DiagonalLinearOperator([1 / d for d in shifted])
+        return DiagonalLinearOperator([1 / d for d in shifted], self._names)
 
     def eigh(self) -> PyTorchLinearOperator:
         """Return itself: its eigenvectors are the coordinate axes."""
@@ -107,10 +124,10 @@ class DiagonalLinearOperator(PyTorchLinearOperator):
     def power(self, exponent: float) -> DiagonalLinearOperator:
         """Return the entry-wise power."""
         power = [_tensors.real_power(d, exponent, name=repr(self)) for d in self._entries]
-        return DiagonalLinearOperator(power)
+        return DiagonalLinearOperator(power, self._names)
 
     def _entrywise_squares(self) -> DiagonalLinearOperator:
-        return DiagonalLinearOperator([d.abs() ** 2 for d in self._entries])
+        return DiagonalLinearOperator([d.abs() ** 2 for d in self._entries], self._names)
 
     def __truediv__(self, value: Any) -> Any:
         """Divide by a scalar, or entry-wise by another diagonal operator."""
@@ -122,10 +139,20 @@ class DiagonalLinearOperator(PyTorchLinearOperator):
         return f"Diag({self.shape[0]})"
 
 
+def _checked(names: Sequence[str], number: int) -> list[str]:
+    """Return names as a list of strings; raise if they do not fit this number of tensors."""
+    given = [names] if isinstance(names, str) else list(names)
+    strings = all(isinstance(name, str) for name in given)
+    if not strings or len(given) != number or len(set(given)) != number:
+        raise ValueError(f"names must be {number} different strings, got {given}.")
+    return [str(name) for name in given]
+
+
 def _pairwise(function: Any, a: DiagonalLinearOperator, b: DiagonalLinearOperator) -> Any:
     """Combine two diagonals tensor by tensor."""
     pairs = zip(a.tensors(), b.tensors(), strict=True)
-    return DiagonalLinearOperator([function(x, y) for x, y in pairs])
+    names = b._in_names if a._in_names is None else a._in_names
+    return DiagonalLinearOperator([function(x, y) for x, y in pairs], names)
 
 
 @rule("add", DiagonalLinearOperator, DiagonalLinearOperator)
@@ -143,10 +170,10 @@ def _multiply(a: DiagonalLinearOperator, b: DiagonalLinearOperator) -> DiagonalL
 @rule("scale", DiagonalLinearOperator, object)
 def _scale(a: DiagonalLinearOperator, scalar: Scalar) -> DiagonalLinearOperator:
     """A multiple of a diagonal operator is diagonal."""
-    return DiagonalLinearOperator([scalar * d for d in a.tensors()])
+    return DiagonalLinearOperator([scalar * d for d in a.tensors()], a._in_names)
 
 
 @rule("shift", DiagonalLinearOperator, object)
 def _shift(a: DiagonalLinearOperator, shift: Scalar) -> DiagonalLinearOperator:
     """Adding a multiple of the identity shifts the diagonal."""
-    return DiagonalLinearOperator([d + shift for d in a.tensors()])
+    return DiagonalLinearOperator([d + shift for d in a.tensors()], a._in_names)

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.func import grad
 
-from curvlinops._formats import Columns
-from curvlinops.curvature import RiskLinearOperator, jvp, stack_columns, unstack_columns, vjp
-from curvlinops.risk import Batch, Loss
-
-Predict = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]]
-Linearized = Iterator[tuple[Tensor, Tensor, Tensor, Callable[[Tensor], tuple[dict[str, Tensor]]]]]
-Linearize = Callable[[Predict, dict[str, Tensor], list[dict[str, Tensor]]], Linearized]
+from curvlinops._random import RandomSource
+from curvlinops.gramian import GramianLinearOperator, Multiply, generic_hess_vec
+from curvlinops.risk import Loss
+from curvlinops.risk.model import ModelFunction
 
 
-class GGNLinearOperator(RiskLinearOperator):
+class GGNLinearOperator(GramianLinearOperator):
     r"""The generalized Gauss-Newton matrix of the empirical risk.
 
     .. math::
@@ -28,9 +23,20 @@ class GGNLinearOperator(RiskLinearOperator):
     parameters (Schraudolph, 2002, "Fast curvature matrix-vector products for second-order gradient
     descent"). It is symmetric, positive semi-definite for convex losses, and equals the Hessian
     where the model is linear in its parameters; for the negative log-likelihoods
-    ``CrossEntropyLoss``, ``BCEWithLogitsLoss`` and ``MSELoss`` it is the Fisher information.
+    ``CrossEntropyLoss``, ``BCEWithLogitsLoss`` and ``MSELoss`` it is the Fisher information
+    (Martens, 2020, "New insights and perspectives on the natural gradient method").
 
-    Arguments and errors: see :class:`~curvlinops.CurvatureLinearOperator`.
+    With ``mc_samples`` :math:`S > 0`, the loss's Hessian is replaced by its Monte-Carlo estimate
+    :math:`\frac{1}{S} \sum_s g_{m,s} g_{m,s}^\top`, where :math:`g_{m,s}` is the gradient of the
+    loss for a target that is drawn from the model's predictive distribution. Each product uses the
+    same samples: the matrix is random, but fixed, symmetric, and positive semi-definite.
+
+    Arguments and errors: see :class:`~curvlinops.CurvatureLinearOperator`, and in addition:
+
+    Args:
+        mc_samples: Number of samples per loss term; 0 for the exact matrix. Samples belong to the
+            loss terms by their order in the data, which must be fixed.
+        seed: Fixes the samples, together with the index of a loss term in the data.
 
     Example:
         >>> import torch
@@ -43,63 +49,55 @@ class GGNLinearOperator(RiskLinearOperator):
         {'weight': tensor([[1., 2.]])}
     """
 
-    _forward_mode = True  # until PyTorch says that a function of the model has none
+    def __init__(
+        self,
+        model_func: ModelFunction,
+        loss_func: Callable[[Any, Any], Tensor],
+        params: dict[str, Tensor],
+        data: Iterable[Any],
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        mc_samples: int = 0,
+        seed: int = 2147483647,
+        *,
+        chunk_size: int | None = None,
+        keep_graph: bool = False,
+    ):
+        if not isinstance(mc_samples, int) or mc_samples < 0:
+            raise ValueError(f"mc_samples must be a non-negative integer, got {mc_samples!r}.")
+        self._mc_samples = mc_samples
+        self._random = RandomSource(seed)
+        super().__init__(
+            model_func,
+            loss_func,
+            params,
+            data,
+            progressbar=progressbar,
+            check_deterministic=check_deterministic,
+            num_data=num_data,
+            batch_size_fn=batch_size_fn,
+            chunk_size=chunk_size,
+            keep_graph=keep_graph,
+        )
 
-    def _multiply_batch(self, batch: Batch, X: Columns) -> tuple[Columns, Tensor | float]:
-        if self.risk.forward_mode_ok(batch) and self._forward_mode:
-            try:
-                return self._multiply_linearized(_forward_over_reverse, batch, X)
-            except NotImplementedError:
-                self._forward_mode = False
-        return self._multiply_linearized(_double_reverse, batch, X)
+    @property
+    def _needs_fixed_order(self) -> bool:
+        return self._mc_samples > 0
 
-    def _multiply_linearized(
-        self, linearize: Linearize, batch: Batch, X: Columns
-    ) -> tuple[Columns, Tensor | float]:
-        """Multiply Jᵀ ∇²ℓ J with the products of J and Jᵀ that ``linearize`` makes."""
-        risk, params = self.risk, self._theta
-        loss: Loss = risk.loss  # type: ignore[assignment]
+    def _check_loss(self, loss: Loss) -> None:
+        if self._mc_samples > 0:
+            loss.require_closed_form("Monte-Carlo samples")
 
-        def predict(theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            f = risk.predict(theta, batch.X)
-            return loss.terms(f, batch.y)[0], f
-
-        products = []
-        for F, f, JV, pullback in linearize(predict, params, unstack_columns(params, X)):
-            _, targets = loss.terms(f, batch.y)
-            products.append(pullback(_loss_hess_vec(loss, F, targets, batch.n, JV))[0])
-        return stack_columns(products), loss.normalizer(F, targets, batch.n)
-
-
-def _forward_over_reverse(
-    predict: Predict, params: dict[str, Tensor], columns: list[dict[str, Tensor]]
-) -> Linearized:
-    """Yield F, f, J v and the map u -> Jᵀ u for each v, with one forward pass for both products."""
-    for v in columns:
-
-        def push(
-            theta: dict[str, Tensor], v: dict[str, Tensor] = v
-        ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            F, JV, f = jvp(predict, (theta,), (v,), has_aux=True)
-            return F, (JV, f)
-
-        F, pullback, (JV, f) = vjp(push, params, has_aux=True)
-        yield F, f, JV, pullback
-
-
-def _double_reverse(
-    predict: Predict, params: dict[str, Tensor], columns: list[dict[str, Tensor]]
-) -> Linearized:
-    """The same in reverse mode only: J is the transpose of u -> Jᵀ u, which is linear in u."""
-    F, pullback, f = vjp(predict, params, has_aux=True)
-    _, push = vjp(lambda u: pullback(u)[0], torch.zeros_like(F))
-    for v in columns:
-        yield F, f, push(v)[0], pullback
-
-
-def _loss_hess_vec(loss: Loss, F: Tensor, targets: Any, n: int, V: Tensor) -> Tensor:
-    """Multiply the Hessian of a batch's loss terms onto V, a tensor of F's shape."""
-    if loss.closed_form:
-        return loss.hess_vec(F, targets, V)
-    _, multiply = vjp(grad(lambda f: loss.value(f, targets, n)), F)
-    return multiply(V)[0]
+    def _term_curvature(self, F: Tensor, targets: Any, n: int, first_term: int) -> Multiply:
+        loss, S = self._loss, self._mc_samples
+        if S > 0:
+            m, C = F.shape
+            draws = loss.draws(C)
+            uniforms = self._random.uniforms("samples", first_term, m, S * draws)
+            uniforms = uniforms.reshape(m, S, draws)
+            return lambda V: loss.sampled_hess_vec(F, targets, uniforms, V)
+        if loss.closed_form:
+            return lambda V: loss.hess_vec(F, targets, V)
+        return generic_hess_vec(lambda f: loss.value(f, targets, n), F)

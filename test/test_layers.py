@@ -43,7 +43,7 @@ LAYERS = {
     ],
     "L2": ["risk"],
     "L3": ["curvature", "ggn", "hessian"],
-    "L4": ["computers", "kfac"],
+    "L4": ["computers", "ggn_diagonal", "kfac"],
     TOP: ["__init__", "testing"],
 }
 

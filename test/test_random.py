@@ -162,6 +162,61 @@ def test_large_first_term(first_term: int) -> None:
     assert not torch.isin(whole, source.uniforms("samples", 0, 6, 3)).any()
 
 
+@pytest.mark.parametrize(
+    ("backend", "seed"), [("eager", SEED), ("eager", 2**64 - 1), ("aot_eager", 2**63)]
+)
+def test_compiled(backend: str, seed: int) -> None:
+    """A compiled function draws the same numbers, in one graph, wherever a batch starts."""
+    source = RandomSource(seed)
+
+    def draw(x: Tensor, first_term: int) -> tuple[Tensor, Tensor]:
+        terms, draws = x.shape
+        uniforms = source.uniforms("samples", first_term, terms, draws)
+        return x * uniforms, source.signs("signs", first_term, terms, draws)
+
+    torch.compiler.reset()
+    compiled = torch.compile(draw, backend=backend, fullgraph=True)
+    for shape in [(5, 3), (4, 2)]:
+        x = torch.rand(shape, dtype=torch.float64)
+        for first_term in (0, 7, 2**40 + 3):
+            for actual, expected in zip(compiled(x, first_term), draw(x, first_term), strict=True):
+                assert torch.equal(actual, expected)
+                assert actual.dtype == torch.float64
+
+
+def test_compiled_source_checks_its_arguments() -> None:
+    """Wrong arguments are refused when a function is traced, too."""
+    compiled = torch.compile(RandomSource(0).uniforms, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="must not be negative"):
+        compiled("samples", -1, 1, 1)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "vjp", "jvp"])
+def test_compiled_inside_transforms(transform: str) -> None:
+    """The numbers are constants for the transformations of torch.func."""
+    source = RandomSource(SEED)
+
+    def draw(x: Tensor) -> Tensor:
+        return x.sin() * source.uniforms("samples", 3, 2, 3)
+
+    def transformed(x: Tensor) -> Tensor:
+        if transform == "vmap":
+            return torch.func.vmap(draw)(x)
+        if transform == "jvp":
+            return torch.func.jvp(draw, (x,), (x,))[1]
+        return torch.func.vjp(draw, x)[1](x)[0]
+
+    x = torch.rand(4, 2, 3, dtype=torch.float64)
+    compiled = torch.compile(transformed, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), transformed(x))
+
+
+def test_operation_is_registered_correctly() -> None:
+    """PyTorch's own checks of an operation: its shape function, its schema, tracing."""
+    for arguments in [(-1, 0, 5, 3, 2), (7, 1, 0, 0, 4)]:
+        torch.library.opcheck(torch.ops.curvlinops.uniforms.default, arguments)
+
+
 @pytest.mark.parametrize(("num_terms", "draws"), [(0, 3), (3, 0), (0, 0)])
 def test_nothing_to_draw(num_terms: int, draws: int) -> None:
     """Empty requests give empty tensors."""

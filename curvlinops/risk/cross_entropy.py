@@ -126,36 +126,42 @@ class CrossEntropy(Loss):
     def weight(self, F: Tensor, targets: Tensor) -> Tensor:
         """Evaluate k, the sum of each term's coefficients, ``[m]``."""
         w = self._class_weight(F)
+        eps = self.label_smoothing
         if targets.is_floating_point():
-            probabilities = self._smoothed(targets)
-            return probabilities.sum(-1) if w is None else (probabilities * w).sum(-1)
+            # Sums first: smoothed or weighted targets would be as large as the predictions.
+            if w is None:
+                return (1 - eps) * targets.sum(-1) + eps
+            return (1 - eps) * (targets @ w) + eps * w.mean()
         _, kept, target_weight = self._index_targets(F, targets)
         mean_weight = 1.0 if w is None else w.mean()
-        eps = self.label_smoothing
         return (1 - eps) * target_weight + eps * mean_weight * kept.to(F.dtype)
 
     def grad(self, F: Tensor, targets: Tensor) -> Tensor:
         """Evaluate k p - a."""
-        kp = self.weight(F, targets).unsqueeze(-1) * F.softmax(-1)
-        w = self._class_weight(F)
+        w, eps = self._class_weight(F), self.label_smoothing
+        # Its derivatives need p and k only, so it can become the result in place.
+        result = self.weight(F, targets).unsqueeze(-1) * F.softmax(-1)
+        uniform: Tensor | float = eps / F.shape[-1]
         if targets.is_floating_point():
-            probabilities = self._smoothed(targets)
-            return kp - (probabilities if w is None else probabilities * w)
-        safe, kept, target_weight = self._index_targets(F, targets)
-        eps = self.label_smoothing
-        result = kp.scatter_add(
-            -1, safe.unsqueeze(-1), ((eps - 1) * target_weight).unsqueeze(-1).to(kp.dtype)
-        )
+            result.sub_(targets if w is None else targets * w, alpha=1 - eps)
+        else:
+            safe, kept, target_weight = self._index_targets(F, targets)
+            coefficients = (eps - 1) * target_weight  # [m]
+            result.scatter_add_(-1, safe.unsqueeze(-1), coefficients.unsqueeze(-1).to(F.dtype))
+            uniform = kept.to(F.dtype).unsqueeze(-1) * uniform  # [m, 1]
         if eps == 0.0:
             return result
-        uniform = kept.to(F.dtype).unsqueeze(-1) * (eps / F.shape[-1])  # [m, 1]
-        return result - (uniform if w is None else uniform * w)
+        return result.sub_(uniform if w is None else uniform * w)
 
     def hess_vec(self, F: Tensor, targets: Tensor, V: Tensor) -> Tensor:
         """Evaluate k (p ⊙ v - p pᵀv) = k p ⊙ (v - pᵀv)."""
-        p = F.softmax(-1)
-        kp = self.weight(F, targets).unsqueeze(-1) * p
-        return kp * (V - (p * V).sum(-1, keepdim=True))
+
+        def multiply(F: Tensor, targets: Tensor, V: Tensor) -> Tensor:
+            p = F.softmax(-1)
+            kp = self.weight(F, targets).unsqueeze(-1) * p
+            return kp * (V - (p * V).sum(-1, keepdim=True))
+
+        return self._in_chunks(multiply, F, targets, V, entries=V.numel())
 
     def root_columns(self, F: Tensor, targets: Tensor, columns: Columns = None) -> Tensor:
         """Evaluate columns √(k p_c) (e_c - p)."""
@@ -172,16 +178,38 @@ class CrossEntropy(Loss):
     def sample(self, F: Tensor, targets: Tensor, uniforms: Tensor) -> Tensor:
         """Draw classes by inverting the distribution function and evaluate √k (p - e_y)."""
         u = self._uniforms(F, uniforms).squeeze(-1)  # [m, S]
-        p = F.to(torch.float64).softmax(-1)
-        y = _draw_classes(p, u)  # [m, S]
-        # p - 1 cancels for confident predictions: subtract in float64, then round.
-        entries = (p.gather(-1, y) - 1).to(F.dtype)  # [m, S]
-        samples = (
-            p.to(F.dtype)
-            .expand(u.shape[1], -1, -1)
-            .scatter(-1, y.T.unsqueeze(-1), entries.T.unsqueeze(-1))
-        )
-        return samples * self.weight(F, targets).sqrt().unsqueeze(-1)
+
+        def draw(F: Tensor, targets: Tensor, u: Tensor) -> Tensor:
+            p = F.softmax(-1, dtype=torch.float64)
+            y = _draw_classes(p, u)  # [m, S]
+            # p - 1 cancels for confident predictions: subtract in float64, then round.
+            entries = (p.gather(-1, y) - 1).to(F.dtype)  # [m, S]
+            samples = (
+                p.to(F.dtype)
+                .expand(u.shape[1], -1, -1)
+                .scatter(-1, y.T.unsqueeze(-1), entries.T.unsqueeze(-1))
+            )
+            return samples * self.weight(F, targets).sqrt().unsqueeze(-1)
+
+        return self._in_chunks(draw, F, targets, u, entries=max(1, u.shape[1]) * F.numel())
+
+    def sampled_hess_vec(self, F: Tensor, targets: Tensor, uniforms: Tensor, V: Tensor) -> Tensor:
+        """Evaluate k/S Σ_s (p - e_y) d with d = pᵀv - v_y for the classes y of the samples."""
+        u = self._uniforms(F, uniforms).squeeze(-1)  # [m, S]
+        if u.shape[1] == 0:
+            raise ValueError(f"{self.name}: needs at least one sample, got no uniforms.")
+
+        def multiply(F: Tensor, targets: Tensor, u: Tensor, V: Tensor) -> Tensor:
+            # Differences cancel for confident predictions: float64 to the end.
+            p = F.softmax(-1, dtype=torch.float64)
+            V = V.to(torch.float64)
+            y = _draw_classes(p, u).expand(*V.shape[:-1], -1)  # [..., m, S]
+            d = (p * V).sum(-1, keepdim=True) - V.gather(-1, y)  # [..., m, S]
+            product = (d.sum(-1, keepdim=True) * p).scatter_add(-1, y, -d)
+            k = self.weight(F, targets).to(torch.float64) / u.shape[1]  # [m]
+            return (k.unsqueeze(-1) * product).to(F.dtype)
+
+        return self._in_chunks(multiply, F, targets, u, V, entries=V.numel())
 
     def _cross_entropy(self, F: Tensor, targets: Tensor, reduction: str) -> Tensor:
         """Evaluate PyTorch's loss with all options on ``[m, C]``."""
@@ -198,11 +226,6 @@ class CrossEntropy(Loss):
         """Return the class weights ``[C]`` on the device and in the dtype of ``F``."""
         return None if self.class_weight is None else self.class_weight.to(F.device, F.dtype)
 
-    def _smoothed(self, targets: Tensor) -> Tensor:
-        """Smooth probability targets ``[m, C]``."""
-        eps = self.label_smoothing
-        return targets if eps == 0.0 else (1 - eps) * targets + eps / targets.shape[-1]
-
     def _index_targets(self, F: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return classes (0 where ignored), which terms are kept, and w_y (0 where ignored)."""
         kept = targets != self.ignore_index  # [m]
@@ -216,7 +239,7 @@ class CrossEntropy(Loss):
 def _draw_classes(p: Tensor, u: Tensor) -> Tensor:
     """Draw classes ``[m, S]`` of probabilities ``[m, C]`` by inverse distribution functions."""
     cdf = p.cumsum(-1)
-    total = cdf[:, -1:].contiguous()  # [m, 1], 1 up to rounding
+    total = cdf[:, -1:].clone()  # [m, 1], 1 up to rounding; searchsorted wants its memory dense
     y = torch.searchsorted(cdf, u * total, right=True)  # first class with cdf > u * total
     # Rounding up to the total would otherwise run past the last class that has any probability.
     last = torch.searchsorted(cdf, total)  # [m, 1]

@@ -20,11 +20,13 @@ class Batch:
         X: Inputs, a tensor or a mapping.
         y: Targets.
         n: Number of examples.
+        source: The element of the data that it was made from.
     """
 
     X: Any
     y: Any
     n: int
+    source: Any = None
 
 
 class TermCounter:
@@ -40,7 +42,7 @@ class TermCounter:
     """
 
     def __init__(self, start: int = 0) -> None:
-        self._next = start
+        self.position = start
 
     def advance(self, num_terms: int) -> int:
         """Pass over a batch.
@@ -51,8 +53,8 @@ class TermCounter:
         Returns:
             Index of its first loss term.
         """
-        first_term = self._next
-        self._next += num_terms
+        first_term = self.position
+        self.position += num_terms
         return first_term
 
 
@@ -132,7 +134,7 @@ class BatchSource:
                 f"BatchEncoding), got {type(X).__name__}."
             )
         X = to_device(X, self.device)
-        return Batch(X, to_device(y, self.device), self._batch_size(X))
+        return Batch(X, to_device(y, self.device), self._batch_size(X), element)
 
     def _batch_size(self, X: Any) -> int:
         """Count the examples of a batch."""

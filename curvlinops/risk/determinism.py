@@ -121,7 +121,8 @@ class PassRecord:
 
     Attributes:
         sizes: Number of examples of each batch.
-        num_terms: Number of loss terms, 0 for losses without closed form.
+        num_terms: Number of loss terms of each batch; none for losses without closed form.
+        shapes: Shape of each batch's prediction.
         losses: Loss of each batch, not averaged.
         normalizers: Normalizer of each batch.
         statistics: For the prediction and each tensor in the data, five numbers per batch.
@@ -131,7 +132,8 @@ class PassRecord:
     """
 
     sizes: list[int] = field(default_factory=list)
-    num_terms: int = 0
+    num_terms: list[int] = field(default_factory=list)
+    shapes: list[torch.Size] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     normalizers: list[Tensor] = field(default_factory=list)
     statistics: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -156,6 +158,7 @@ class PassRecord:
             loss: The loss, if there is one.
         """
         self.sizes.append(batch.n)
+        self.shapes.append(prediction.shape)
         for name, tensor, structural in _tensors(batch):
             self._record(name, tensor.reshape(-1, 1), None)
             if structural:
@@ -167,7 +170,7 @@ class PassRecord:
             normalizer = loss.normalizer(rows, targets, batch.n)
             self.normalizers.append(_double(torch.as_tensor(normalizer)))
             if loss.closed_form:
-                self.num_terms += rows.shape[0]
+                self.num_terms.append(rows.shape[0])
                 weight = loss.weight(rows, targets)
                 # Padding is ignored, and how much of it there is depends on the batch.
                 used = None if weight is None else weight != 0

@@ -69,9 +69,14 @@ class MSE(Loss):
 
     def sample(self, F: Tensor, targets: Tensor, uniforms: Tensor) -> Tensor:
         """Transform uniforms to Gaussians of variance 2."""
-        u = self._uniforms(F, uniforms)
-        standard_normal = math.sqrt(2) * torch.erfinv(2 * u - 1)
-        return (math.sqrt(2) * standard_normal).transpose(0, 1).to(F.dtype)
+        entries = max(self._check_uniforms(F, uniforms), 1) * F.numel()
+
+        def draw(F: Tensor, targets: Tensor, u: Tensor) -> Tensor:
+            u = u.to(F.device, torch.float64)  # [S, m, C]
+            standard_normal = math.sqrt(2) * torch.erfinv(2 * u - 1)
+            return (math.sqrt(2) * standard_normal).to(F.dtype)
+
+        return self._in_chunks(draw, F, targets, uniforms.transpose(0, 1), entries=entries)
 
 
 class BCETargets(NamedTuple):
@@ -155,12 +160,19 @@ class BCEWithLogits(Loss):
         """Evaluate k σ - w v y."""
         if isinstance(targets, Tensor):
             return F.sigmoid() - targets
-        positive = targets.weight * targets.pos_weight * targets.labels
-        return self._scaled(F, targets, F.sigmoid()) - positive
+
+        def gradient(F: Tensor, t: BCETargets) -> Tensor:
+            return self._scaled(F, t, F.sigmoid()) - t.weight * t.pos_weight * t.labels
+
+        return self._in_chunks(gradient, F, targets, entries=F.numel())
 
     def hess_vec(self, F: Tensor, targets: Tensor | BCETargets, V: Tensor) -> Tensor:
         """Multiply by k σ (1 - σ)."""
-        return self._hessian_diagonal(F, targets) * V
+
+        def multiply(F: Tensor, targets: Tensor | BCETargets, V: Tensor) -> Tensor:
+            return self._hessian_diagonal(F, targets) * V
+
+        return self._in_chunks(multiply, F, targets, V, entries=V.numel())
 
     def root_columns(
         self, F: Tensor, targets: Tensor | BCETargets, columns: Columns = None
@@ -171,11 +183,16 @@ class BCEWithLogits(Loss):
 
     def sample(self, F: Tensor, targets: Tensor | BCETargets, uniforms: Tensor) -> Tensor:
         """Compare uniforms with σ and evaluate √k (σ - ỹ)."""
-        u = self._uniforms(F, uniforms).transpose(0, 1)  # [S, m, C]
-        sigma = F.to(torch.float64).sigmoid()
-        samples = (sigma - (u < sigma).to(torch.float64)).to(F.dtype)
-        k = self.weight(F, targets)
-        return samples if k is None else samples * k.sqrt()
+        entries = max(self._check_uniforms(F, uniforms), 1) * F.numel()
+
+        def draw(F: Tensor, targets: Tensor | BCETargets, u: Tensor) -> Tensor:
+            u = u.to(F.device, torch.float64)  # [S, m, C]
+            sigma = F.to(torch.float64).sigmoid()
+            samples = (sigma - (u < sigma).to(torch.float64)).to(F.dtype)
+            k = self.weight(F, targets)
+            return samples if k is None else samples * k.sqrt()
+
+        return self._in_chunks(draw, F, targets, uniforms.transpose(0, 1), entries=entries)
 
     def _binary_cross_entropy(
         self, F: Tensor, targets: Tensor | BCETargets, reduction: str

@@ -20,7 +20,13 @@ from curvlinops.risk.determinism import (
     refuse_random_layers,
 )
 from curvlinops.risk.losses import Loss, loss_entry
-from curvlinops.risk.model import FunctionalModel, ModelFunction, autograd_ready
+from curvlinops.risk.model import (
+    FunctionalModel,
+    ModelFunction,
+    ModelTraits,
+    autograd_ready,
+    tensors_and_flags,
+)
 
 
 class EmpiricalRisk:
@@ -98,6 +104,7 @@ class EmpiricalRisk:
         self._source = BatchSource(data, self._functional.device, batch_size_fn)
         self.loss: Loss | None = None
         self.reduction = "sum"
+        self._loss_func = loss_func
         if loss_func is not None:
             self.loss, self.reduction = loss_entry(loss_func)
         self.collective = Collective() if collective is None else collective
@@ -106,6 +113,10 @@ class EmpiricalRisk:
         self.num_data = num_data
         #: Number of loss terms on this rank; None unless the check has counted them.
         self.num_terms: int | None = None
+        #: Number of loss terms of each batch, likewise.
+        self.batch_terms: list[int] | None = None
+        #: Shape of each batch's prediction, likewise.
+        self.prediction_shapes: list[torch.Size] | None = None
 
         if not self.collective.any(self._source.length != 0):
             raise ValueError(_EMPTY)
@@ -139,44 +150,31 @@ class EmpiricalRisk:
         """The module, or None for a function."""
         return self._functional.module
 
-    def forward_mode_ok(self, batch: Batch) -> bool:
-        """Return whether forward-mode derivatives of the model are right.
+    def dependencies(self) -> list[Any]:
+        """Return tensors and flags, besides the data, that the loss of a batch depends on."""
+        return [*self._functional.dependencies(), *tensors_and_flags(self._loss_func)]
 
-        They are not for embeddings with ``padding_idx``, whose padding row forward mode does not
-        treat as constant, and do not exist for embedding bags. If no prediction was watched yet,
-        one is made here. Inside of ``torch.compile`` the answer is False until then.
-
-        Args:
-            batch: A batch to predict.
-        """
-        self.inspect(batch)
+    @property
+    def forward_mode_ok(self) -> bool:
+        """Whether forward-mode derivatives of the model are right, see :class:`FunctionalModel`."""
         return self._functional.forward_mode_ok
 
-    def inspect(self, batch: Batch) -> None:
-        """Look once at what the model does in a prediction, if none was watched yet.
-
-        Args:
-            batch: A batch to predict.
-
-        Raises:
-            NotImplementedError: If an embedding has ``max_norm`` or ``scale_grad_by_freq``.
-        """
-        if self._functional.traits is None and not torch.compiler.is_compiling():
-            self._functional.inspect(batch.X)
+    @property
+    def likely_traits(self) -> ModelTraits:
+        """What the model was seen to do; before it was seen, a guess from its layers."""
+        return self._functional.likely_traits
 
     def watching(self) -> AbstractContextManager[None]:
-        """Return a context that looks, in place of :meth:`inspect`, at predictions made inside.
-
-        They must not be part of a transformation by ``torch.func``.
-        """
+        """Return a context that looks at what the model does in the predictions made inside."""
         return self._functional.watching()
 
-    def predict(self, params: dict[str, Tensor], X: Any) -> Tensor:
+    def predict(self, params: dict[str, Tensor], X: Any, any_derivative: bool = False) -> Tensor:
         """Evaluate the model.
 
         Args:
             params: Parameters by name.
             X: Inputs of a batch.
+            any_derivative: Whether derivatives in both modes and of second order are needed.
 
         Returns:
             The prediction.
@@ -184,7 +182,7 @@ class EmpiricalRisk:
         Raises:
             TypeError: If the model returns something else than a tensor.
         """
-        return self._functional.predict(params, X)
+        return self._functional.predict(params, X, any_derivative)
 
     def batches(self, desc: str) -> Iterator[Batch]:
         """Pass over the data, with a progress bar if wanted; use inside of :meth:`undisturbed`.
@@ -234,7 +232,10 @@ class EmpiricalRisk:
             return self._visit(fn, desc)
 
     def sum_over_data(
-        self, fn: Callable[[Batch], tuple[list[Tensor], Tensor | float]], desc: str = "Data"
+        self,
+        fn: Callable[[Batch], tuple[list[Tensor], Tensor | float]],
+        desc: str = "Data",
+        scaled: bool = True,
     ) -> list[Tensor]:
         r"""Sum something linear in the loss terms over all data, and multiply by the scale c.
 
@@ -243,6 +244,7 @@ class EmpiricalRisk:
                 the batch's :meth:`Loss.normalizer` (any number for the reduction ``"sum"``).
                 Gradients are enabled inside.
             desc: What the progress bar says.
+            scaled: Whether to multiply by c; else c is taken for 1.
 
         Returns:
             :math:`c \sum_b f(b)`, for each of the tensors that ``fn`` returns; detached if the
@@ -261,6 +263,7 @@ class EmpiricalRisk:
             return normalizer
 
         scale = self.for_each_batch(add, desc)
+        scale = scale if scaled else 1.0
         sums = self.collective.sum(total.tensors)
         dtypes = total.dtypes or [t.dtype for t in sums]  # a rank without data has no own ones
         with torch.inference_mode(False), torch.set_grad_enabled(recording):
@@ -349,7 +352,8 @@ class EmpiricalRisk:
         if self.collective.any(verdict is not None):
             raise RuntimeError(verdict or "Another rank found that its risk is not deterministic.")
         if self.loss is not None and self.loss.closed_form:
-            self.num_terms = first.num_terms
+            self.num_terms, self.batch_terms = sum(first.num_terms), first.num_terms
+        self.prediction_shapes = first.shapes
 
     def _record(self, desc: str) -> PassRecord:
         """Pass over the data with forward evaluations."""

@@ -17,20 +17,27 @@ reduction ``"mean"`` and :math:`\sum_b V_b` for ``"sum"``, for each of PyTorch's
 In all shapes below, ``m`` is the number of loss terms of a batch and ``C`` the number of entries of
 one term's prediction. Nothing of size ``m x C x C`` is formed (unless all columns of a root are
 asked for at once), no value is read back from the device, and all methods are pure functions that
-``torch.func`` and ``torch.compile`` can transform.
+``torch.func`` and ``torch.compile`` can transform. Large predictions (a vocabulary) are worked on
+in chunks of loss terms: gradients, samples and products need about one tensor of the predictions'
+size besides their result.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 #: Selects columns of a Hessian root; None selects all of them.
 Columns = slice | Tensor | Sequence[int] | None
+#: Entries that are worked on at once: a CPU's cache and allocator like small tensors, others do not
+#: mind large ones.
+CHUNK = {"cpu": 2**18, "other": 2**22}
 
 
 class Loss:
@@ -185,8 +192,123 @@ class Loss:
         """
         raise self._missing("would-be gradient")
 
+    def sampled_hess_vec(self, F: Tensor, targets: Any, uniforms: Tensor, V: Tensor) -> Tensor:
+        r"""Multiply a Monte-Carlo estimate of each loss term's Hessian onto a vector.
+
+        With the :meth:`sample` :math:`g_s`, this is :math:`\tfrac{1}{S} \sum_s g_s g_s^\top v`.
+        Not more than one sample of a few loss terms is formed at once.
+
+        Args:
+            F: Predictions ``[m, C]`` from :meth:`terms`.
+            targets: Targets from :meth:`terms`.
+            uniforms: Float64 numbers in (0, 1) of shape ``[m, S, draws(C)]`` for ``S`` samples.
+            V: Vectors ``[..., m, C]``.
+
+        Returns:
+            Tensor of shape ``[..., m, C]`` in ``F``'s dtype.
+
+        Raises:
+            ValueError: If the uniforms do not have this shape, or are for no sample.
+        """
+        num_samples = self._check_uniforms(F, uniforms)
+        if num_samples == 0:
+            raise ValueError(f"{self.name}: needs at least one sample, got no uniforms.")
+
+        def multiply(F: Tensor, targets: Any, u: Tensor, V: Tensor) -> Tensor:
+            total = torch.zeros((), dtype=F.dtype, device=F.device)
+            for one in u.split(1):  # [1, m, draws]
+                (g,) = self.sample(F, targets, one.transpose(0, 1))
+                total = total + outer_vec(g, V)
+            return (total / num_samples).to(F.dtype)
+
+        return self._in_chunks(multiply, F, targets, uniforms.transpose(0, 1), V, entries=V.numel())
+
+    def grad_outer_vec(self, F: Tensor, targets: Any, V: Tensor) -> Tensor:
+        r"""Multiply each loss term's gradient outer product onto a vector.
+
+        Args:
+            F: Predictions ``[m, C]`` from :meth:`terms`.
+            targets: Targets from :meth:`terms`.
+            V: Vectors ``[..., m, C]``.
+
+        Returns:
+            :math:`\nabla_f \ell_m (\nabla_f \ell_m)^\top v_m`, shape ``[..., m, C]``, in ``F``'s
+            dtype.
+        """
+
+        def multiply(F: Tensor, targets: Any, V: Tensor) -> Tensor:
+            return outer_vec(self.grad(F, targets), V).to(F.dtype)
+
+        return self._in_chunks(multiply, F, targets, V, entries=V.numel())
+
+    def target_rows(self, F: Tensor, targets: Any, rows: slice) -> Any:
+        """Select the targets of consecutive loss terms.
+
+        Args:
+            F: Predictions ``[m, C]`` from :meth:`terms`.
+            targets: Targets from :meth:`terms`. By default each tensor in them, except for scalars,
+                has one row per loss term.
+            rows: Which loss terms.
+
+        Returns:
+            The targets of these terms.
+
+        Raises:
+            ValueError: If a tensor in the targets has another number of rows.
+        """
+
+        def select(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+                return leaf
+            if leaf.shape[0] != F.shape[0]:
+                raise ValueError(
+                    f"{self.name}: cannot select loss terms from a tensor of shape "
+                    f"{tuple(leaf.shape)} in the targets of predictions of shape "
+                    f"{tuple(F.shape)}. Override the method target_rows."
+                )
+            return leaf[rows]
+
+        return tree_map(select, targets)
+
+    def _in_chunks(
+        self, fn: Callable[..., Tensor], F: Tensor, targets: Any, *tensors: Tensor, entries: int
+    ) -> Tensor:
+        """Evaluate ``fn(F, targets, *tensors)`` in chunks of loss terms, for small temporaries.
+
+        Args:
+            fn: Returns ``[..., m, C]``.
+            F: Predictions ``[m, C]``.
+            targets: Targets of the loss terms.
+            tensors: Tensors ``[..., m, X]``.
+            entries: Size of the largest temporary tensor.
+        """
+        m, chunk = F.shape[0], CHUNK.get(F.device.type, CHUNK["other"])
+        rows = max(1, chunk * m // max(1, entries))
+        if rows >= m:
+            return fn(F, targets, *tensors)
+        # In reverse mode, a split is one concatenation, but each of many slices would be a tensor
+        # of zeros of the whole size.
+        parts = zip(*(t.split(rows, dim=-2) for t in (F, *tensors)), strict=True)
+        results = (
+            fn(part[0], self.target_rows(F, targets, slice(i * rows, (i + 1) * rows)), *part[1:])
+            for i, part in enumerate(parts)
+        )
+        first = next(results)
+        if first.requires_grad or torch.compiler.is_compiling():
+            return torch.cat([first, *results], dim=-2)
+        # Made from a result, it can hold what torch.func makes of the others.
+        whole = first.new_empty(*first.shape[:-2], m, first.shape[-1])
+        for i, result in enumerate(itertools.chain([first], results)):
+            whole.narrow(-2, i * rows, result.shape[-2]).copy_(result)
+        return whole
+
     def _uniforms(self, F: Tensor, uniforms: Tensor) -> Tensor:
         """Check uniforms ``[m, S, draws]`` and move them to the device of ``F`` ``[m, C]``."""
+        self._check_uniforms(F, uniforms)
+        return uniforms.to(F.device, torch.float64)
+
+    def _check_uniforms(self, F: Tensor, uniforms: Tensor) -> int:
+        """Check uniforms ``[m, S, draws]`` and return S."""
         m, C = F.shape
         draws = self.draws(C)
         if uniforms.ndim != 3 or uniforms.shape[0] != m or uniforms.shape[2] != draws:
@@ -194,7 +316,19 @@ class Loss:
                 f"{self.name}: uniforms must have shape [{m}, samples, {draws}] for predictions of "
                 f"shape {tuple(F.shape)}, got {tuple(uniforms.shape)}."
             )
-        return uniforms.to(F.device, torch.float64)
+        return uniforms.shape[1]
+
+    def require_closed_form(self, what: str) -> None:
+        """Raise if the loss is known by its value only.
+
+        Args:
+            what: What is needed of it, for the message.
+
+        Raises:
+            NotImplementedError: If it has no closed forms.
+        """
+        if not self.closed_form:
+            raise self._missing(what)
 
     def _missing(self, what: str) -> NotImplementedError:
         """Build the error for something that this loss has no formula for."""
@@ -207,6 +341,12 @@ class Loss:
 
 #: The losses with closed forms: module class or function -> entry.
 LOSSES: dict[Any, type[Loss]] = {}
+
+
+def outer_vec(g: Tensor, V: Tensor) -> Tensor:
+    """Evaluate g gᵀv for ``[m, C]`` and ``[..., m, C]``, in float32 or wider."""
+    g = g.to(torch.promote_types(g.dtype, torch.float32))
+    return g * (g * V).sum(-1, keepdim=True)
 
 
 def display_name(loss_func: Any) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.autograd_function import custom_function_call
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from curvlinops.risk.data import fresh_mapping, without_inference
@@ -39,13 +43,25 @@ class ModelTraits:
             not treat its padding row as constant.
         embedding_bag: Whether an embedding bag was used. PyTorch differentiates it in reverse mode
             and once only.
+        convolution: Whether a convolution was used. Its second derivative in reverse mode costs more
+            than it should.
+        attention: Whether fused attention was used. Its kernels have derivatives in reverse mode
+            and once only.
+        once_differentiable: Names of custom functions that forbid second derivatives; ``torch.func``
+            ignores this, and takes their first derivative for a constant.
         eps: The coarsest machine epsilon among the floating point numbers that were computed.
-        random: Whether torch's global random generator was used.
+        entries: The number of floating point numbers that were computed.
+        random: Whether torch's global random generator was used; only :meth:`FunctionalModel.inspect`
+            looks.
     """
 
     padding_idx: bool = False
     embedding_bag: bool = False
+    convolution: bool = False
+    attention: bool = False
+    once_differentiable: list[str] = field(default_factory=list)
     eps: float = 0.0
+    entries: int = 0
     random: bool = False
 
 
@@ -86,13 +102,15 @@ class FunctionalModel:
         self._function = model_func
         self.module: nn.Module | None = None
         self.traits: ModelTraits | None = None
-        self._has_scripted_part = False
+        self._hints = ModelTraits()
+        self._has_scripted_part = self._has_attention_layer = self._warned = False
         if isinstance(model_func, nn.Module):
             self.module = model_func
+            layers = list(model_func.modules())
             # What it does cannot be watched.
-            self._has_scripted_part = any(
-                isinstance(layer, torch.jit.ScriptModule) for layer in model_func.modules()
-            )
+            self._has_scripted_part = any(isinstance(x, torch.jit.ScriptModule) for x in layers)
+            self._has_attention_layer = any(isinstance(x, nn.MultiheadAttention) for x in layers)
+            self._hints = _guess_traits(layers)
             self._given = _resolve_names(model_func, params)
             _check_embeddings(model_func)
 
@@ -113,20 +131,37 @@ class FunctionalModel:
         """Data type of the parameters."""
         return next(iter(self._params.values())).dtype
 
+    def dependencies(self) -> list[Any]:
+        """Return tensors and flags, besides the data, that predictions depend on."""
+        return [*self._params.values(), *tensors_and_flags(self.module)]
+
+    @property
+    def likely_traits(self) -> ModelTraits:
+        """What the model was seen to do; before it was seen, a guess from its layers."""
+        return self._hints if self.traits is None else self.traits
+
     @property
     def forward_mode_ok(self) -> bool:
-        """Whether forward-mode derivatives are right; False until a prediction was inspected."""
-        traits = self.traits
-        return traits is not None and not (
-            traits.padding_idx or traits.embedding_bag or self._has_scripted_part
-        )
+        """Whether forward-mode derivatives are right; before the model was seen, a guess.
 
-    def predict(self, params: dict[str, Tensor], X: Any) -> Tensor:
+        They are not for embeddings with ``padding_idx``, whose padding row forward mode does not
+        treat as constant, and do not exist for embedding bags. Inside of ``torch.compile``, where
+        nothing can be watched, the answer is False until the model was seen.
+        """
+        if self.traits is None and torch.compiler.is_compiling():
+            return False
+        traits = self.likely_traits
+        return not (traits.padding_idx or traits.embedding_bag or self._has_scripted_part)
+
+    def predict(self, params: dict[str, Tensor], X: Any, any_derivative: bool = False) -> Tensor:
         """Evaluate the model.
 
         Args:
             params: Parameters by name, with the names given at construction.
             X: Inputs of a batch. The model may change a mapping: it gets a copy.
+            any_derivative: Whether derivatives in both modes and of second order are needed. Fused
+                attention has none: then it is computed by simpler kernels, with one warning. The
+                traits are set, unless they are known.
 
         Returns:
             The prediction.
@@ -134,6 +169,9 @@ class FunctionalModel:
         Raises:
             TypeError: If the model returns something else than a tensor.
         """
+        if any_derivative:
+            with self._plain_attention(), self.watching():
+                return self.predict(params, X)
         X = fresh_mapping(X)
         if self.module is None:
             prediction = self._function(params, X)
@@ -180,6 +218,33 @@ class FunctionalModel:
             yield
         self.traits = watch.traits
 
+    @contextmanager
+    def _plain_attention(self) -> Iterator[None]:
+        """Compute attention by kernels that have derivatives in both modes and of second order."""
+        unknown = self.traits is None
+        if not (unknown or self.traits.attention or self._has_attention_layer):
+            yield
+            return
+        if torch.compiler.is_compiling():  # what follows cannot be traced
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+            return
+        fused, fast_path = _fused_attention_enabled(), torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast_path)
+        if fused and not self._warned and self.traits is not None and self.traits.attention:
+            self._warned = True
+            warn(
+                "The model uses fused attention (scaled_dot_product_attention), which cannot be "
+                "differentiated twice or in forward mode. It is replaced by PyTorch's math kernel, "
+                "with the same result, but more memory.",
+                stacklevel=2,
+            )
+
     def _constants(self) -> dict[str, Tensor]:
         """Return the module's other parameters, detached, and clones of buffers that may change."""
         assert self.module is not None
@@ -209,6 +274,14 @@ class FunctionalModel:
         return states
 
 
+def tensors_and_flags(function: Any) -> list[Any]:
+    """Return a module's parameters, buffers, and train/eval flags; nothing for other functions."""
+    if not isinstance(function, nn.Module):
+        return []
+    flags = [layer.training for layer in function.modules()]
+    return [*function.parameters(), *function.buffers(), *flags]
+
+
 class _Watch(TorchFunctionMode):
     """Sees the functions of torch that a model calls, and refuses some."""
 
@@ -220,6 +293,10 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.traits.convolution |= func in _CONVOLUTIONS
+        self.traits.attention |= func is functional.scaled_dot_product_attention
+        if func is custom_function_call and _is_once_differentiable(args[0]):
+            self.traits.once_differentiable.append(args[0].__name__)
         if func in _EMBEDDINGS:
             names = _EMBEDDINGS[func]
             # Slices, because torch 2.6 cannot trace a zip of unequal lengths.
@@ -237,6 +314,7 @@ class _Watch(TorchFunctionMode):
         for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
             if isinstance(output, Tensor) and output.is_floating_point():
                 self.traits.eps = max(self.traits.eps, torch.finfo(output.dtype).eps)
+                self.traits.entries += output.numel()
         return outputs
 
 
@@ -255,6 +333,37 @@ _EMBEDDINGS: dict[Any, tuple[str, ...]] = {
         *("per_sample_weights", "include_last_offset", "padding_idx"),
     ),
 }
+
+
+#: Functions that are convolutions.
+_CONVOLUTIONS = {
+    *(torch.conv1d, torch.conv2d, torch.conv3d, torch.convolution),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+}
+
+
+def _guess_traits(layers: list[nn.Module]) -> ModelTraits:
+    """Guess from a module's layers what it will be seen to do."""
+    return ModelTraits(
+        padding_idx=any(isinstance(x, nn.Embedding) and x.padding_idx is not None for x in layers),
+        embedding_bag=any(isinstance(x, nn.EmbeddingBag) for x in layers),
+        convolution=any(isinstance(x, nn.modules.conv._ConvNd) for x in layers),
+    )
+
+
+def _fused_attention_enabled() -> bool:
+    """Whether the caller lets PyTorch choose fused kernels for attention."""
+    cuda = torch.backends.cuda
+    return cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled()
+
+
+def _is_once_differentiable(function: Any) -> bool:
+    """Whether a ``torch.autograd.Function`` forbids second derivatives."""
+    backward = getattr(function, "backward", None)
+    return getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE
+
+
+_ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -367,4 +476,5 @@ __all__ = [
     "ModelFunction",
     "ModelTraits",
     "autograd_ready",
+    "tensors_and_flags",
 ]
