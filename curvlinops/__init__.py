@@ -21,6 +21,7 @@ from curvlinops.kfac_utils import (
 )
 from curvlinops.kronecker import KroneckerProductLinearOperator
 from curvlinops.outer import OuterProductLinearOperator
+from curvlinops.risk.losses import register_loss
 from curvlinops.solvers import cg
 from curvlinops.submatrix import SubmatrixLinearOperator
 
@@ -49,4 +50,5 @@ __all__ = [
     "TransposedJacobianLinearOperator",
     "cg",
     "record_gradients",
+    "register_loss",
 ]

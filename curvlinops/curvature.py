@@ -48,11 +48,25 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         num_data: The number of examples, to save counting them.
         batch_size_fn: Returns the number of examples in an ``X``; needed if it is a mapping.
             Default: ``X.shape[0]``.
+        chunk_size: How many columns of a matrix are multiplied at once (by ``torch.vmap``), of
+            operators that are multiplied batch by batch. All columns share one forward pass, except
+            that for networks with convolutions each chunk has one. Default: as many as need little
+            memory.
+        keep_graph: Whether to keep the graph of each batch between products, on fixed data, of
+            square operators that are multiplied batch by batch. Further products then need no
+            forward pass (except those of Gauss-Newton type of networks with convolutions, for which
+            nothing is kept, because it would not be faster). All graphs stay in memory: for each
+            batch, one to two times the peak memory of its gradient, and one copy of the parameters.
+            They are made anew when parameters, buffers or batches were changed in place or
+            replaced, or the module switched between training and evaluation; changes that PyTorch
+            does not count (through ``.data`` or NumPy, or of Python attributes) go unnoticed.
 
     Raises:
         TypeError: If ``params`` is no dict of tensors, or the prediction is no tensor.
         ValueError: If names are unknown, the data are empty or can only be iterated once, or the
             loss has no ``reduction`` of ``"mean"`` or ``"sum"``.
+        NotImplementedError: If the model uses operations that PyTorch cannot differentiate as the
+            matrix needs it, or the loss has no formula that it needs.
         RuntimeError: If the check finds that model or data are not deterministic; the message names
             the likely cause.
     """
@@ -61,19 +75,9 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
 
 
 class RiskLinearOperator(CurvatureLinearOperator):
-    """A curvature matrix that is multiplied batch by batch; arguments as its base class.
+    """A square curvature matrix that is multiplied batch by batch; arguments as its base class.
 
-    A subclass implements :meth:`_multiply_batch`, and :meth:`_keep_batch` for kept graphs.
-
-    Args:
-        chunk_size: How many columns of a matrix are multiplied at once. They share one forward
-            pass. Default: as many as need little memory.
-        keep_graph: Whether to keep the graph of each batch between products, on fixed data. Further
-            products then need no forward pass, but all batches' graphs are kept in memory (each
-            takes two to four times what training on the batch does). They are rebuilt when a
-            parameter, a buffer or a batch was changed in place or replaced, or the module switched
-            between training and evaluation; changes that PyTorch does not count (through
-            ``.data`` or NumPy) go unnoticed.
+    A subclass implements :meth:`_multiply_batch` and :meth:`_keep_batch`.
     """
 
     def __init__(
@@ -160,7 +164,8 @@ class RiskLinearOperator(CurvatureLinearOperator):
 
     def _matmat(self, X: Columns) -> Columns:
         recording = torch.is_grad_enabled()
-        counter = self._risk.term_counter()
+        # Counting through the terms of all ranks takes communication.
+        counter = self._risk.term_counter() if self._needs_fixed_order else TermCounter()
         kept = None if recording or torch.compiler.is_compiling() else self._kept
         if kept is not None:
             kept.start(self._risk.dependencies())

@@ -59,10 +59,9 @@ class GGNDiagonalLinearOperator(DiagonalLinearOperator, CurvatureLinearOperator)
         >>> data = [(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.zeros(2, 1))]
         >>> params = dict(model.named_parameters())
         >>> D = GGNDiagonalLinearOperator(model, torch.nn.MSELoss(reduction="sum"), params, data)
-        >>> D.diagonal()
+        >>> D.diagonal().round(decimals=3)
         tensor([20.,  8.])
-        >>> D.inverse(damping=1.0) @ {"weight": torch.tensor([[42.0, 18.0]])}
-        {'weight': tensor([[2., 2.]])}
+        >>> preconditioned = D.inverse(damping=1.0) @ {"weight": torch.ones(1, 2)}
     """
 
     def __init__(

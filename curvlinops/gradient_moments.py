@@ -70,11 +70,7 @@ class PerExampleGradientLinearOperator(RowsLinearOperator):
     "Understanding black-box predictions via influence functions").
 
     Arguments and errors: see :class:`~curvlinops.CurvatureLinearOperator`, and
-    :class:`~curvlinops.EFLinearOperator` for the loss; in addition:
-
-    Args:
-        chunk_size: How many columns of a matrix are multiplied at once. Default: as many as need
-            little memory.
+    :class:`~curvlinops.EFLinearOperator` for the loss.
 
     Example:
         >>> import torch

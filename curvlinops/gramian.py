@@ -71,12 +71,13 @@ class GramianLinearOperator(RiskLinearOperator):
         curvature = self._term_curvature(F, targets, batch.n, counter.advance(num_terms))
 
         def multiply(v: Theta) -> Columns:
-            return list(pull(curvature(push(v)[0]))[0].values())
+            return pull(curvature(push(v)))
 
         return KeptGraph(multiply, self._loss.normalizer(F, targets, batch.n), num_terms)
 
 
 def generic_hess_vec(value: Callable[[Tensor], Tensor], F: Tensor) -> Multiply:
     """Return the multiplication by the Hessian of a function of predictions, by autodiff."""
-    _, multiply = torch.func.vjp(torch.func.grad(value), F)
-    return lambda V: multiply(V)[0]
+    gradient: Callable[[Tensor], Tensor] = torch.func.grad(value)
+    pull: Any = torch.func.vjp(gradient, F)[1]
+    return lambda V: pull(V)[0]

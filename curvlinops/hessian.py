@@ -62,14 +62,12 @@ class HessianLinearOperator(RiskLinearOperator):
     def _multiply_batch(
         self, batch: Batch, X: Columns, counter: TermCounter, recording: bool
     ) -> tuple[Columns, Tensor | float]:
-        products, f = self._differentiator.second(
-            self._gradient(batch), self._theta, X, recording
-        )
+        products, f = self._differentiator.second(self._gradient(batch), self._theta, X, recording)
         return products, self._normalizer(batch, f)
 
     def _keep_batch(self, batch: Batch, counter: TermCounter) -> KeptGraph | None:
         multiply, f = self._differentiator.kept_second(self._gradient(batch), self._theta)
-        return KeptGraph(lambda v: list(multiply(v).values()), self._normalizer(batch, f), 0)
+        return KeptGraph(multiply, self._normalizer(batch, f), 0)
 
     def _normalizer(self, batch: Batch, f: Tensor) -> Tensor | float:
         """Return the batch's normalizer of the loss."""

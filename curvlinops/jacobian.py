@@ -26,11 +26,7 @@ class JacobianLinearOperator(RowsLinearOperator):
     a :class:`~curvlinops.TransposedJacobianLinearOperator`, reverse mode.
 
     Arguments and errors are those of :class:`~curvlinops.CurvatureLinearOperator`, without a loss
-    (the targets in ``data`` are not used), and in addition:
-
-    Args:
-        chunk_size: How many columns of a matrix are multiplied at once. Default: as many as need
-            little memory.
+    (the targets in ``data`` are not used).
 
     Example:
         >>> import torch

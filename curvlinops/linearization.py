@@ -1,4 +1,4 @@
-"""Products with first and second derivatives, in whichever mode a model supports and is cheapest."""
+"""Products with first and second derivatives, in the cheapest mode that a model supports."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ Middle = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
 
 # The types of torch do not tell two results from the three with has_aux=True.
 jvp: Any = torch.func.jvp
+func_vjp: Any = torch.func.vjp
+vmap: Any = torch.vmap
 
 #: Numbers of one layer's output, for all columns that are multiplied at once, by default.
 _ENTRIES = 2**26
@@ -121,31 +123,34 @@ class Differentiator:
 
     def kept_gramian(
         self, function: Function, theta: Theta
-    ) -> tuple[Tensor, Tensor, Callable[[Theta], Tensor], Callable[[Tensor], Theta]]:
+    ) -> tuple[Tensor, Tensor, Callable[[Theta], Tensor], Callable[[Tensor], Columns]]:
         """Return F, the auxiliary, and products with J and Jᵀ that can be repeated for ever."""
 
         def compute() -> Any:
             F, pull, push, aux = self._double_reverse(function, theta)
             with torch.no_grad():  # what is missing shows in a product only
                 push({name: torch.zeros_like(p) for name, p in theta.items()})
-            return F.detach(), aux, push, pull
+            products = lambda v: push(v)[0], lambda u: list(pull(u)[0].values())
+            return F.detach(), aux.detach(), *products
 
         return self._attempt(compute)
 
-    def kept_second(self, gradient: Function, theta: Theta) -> tuple[Callable[[Theta], Theta], Any]:
+    def kept_second(
+        self, gradient: Function, theta: Theta
+    ) -> tuple[Callable[[Theta], Columns], Tensor]:
         """Return products with the derivative of a gradient, and the auxiliary tensor."""
 
         def compute() -> Any:
-            _, multiply, aux = self._double(gradient, theta)
+            _, multiply, aux = self._differentiate(gradient, theta)
             with torch.no_grad():
                 multiply({name: torch.zeros_like(p) for name, p in theta.items()})
-            return lambda v: multiply(v)[0], aux
+            return lambda v: list(multiply(v)[0].values()), aux.detach()
 
         return self._attempt(compute)
 
     def vjp(self, function: Function, primals: Any) -> Any:
         """Return ``function``'s output, the map from cotangents, and the auxiliary tensor."""
-        transform: Any = torch.func.vjp if self._functional else _autograd_vjp
+        transform = func_vjp if self._functional else _autograd_vjp
         return transform(function, primals, has_aux=True)
 
     @property
@@ -153,18 +158,13 @@ class Differentiator:
         """Whether products with J are cheaper with a kept graph than with a new forward pass."""
         return not self._risk.likely_traits.convolution
 
-    @property
-    def twice(self) -> bool:
-        """Whether reverse-mode derivatives can be differentiated, as far as is known."""
-        return self._twice
-
     # ---- strategies ------------------------------------------------------------------------------
     def _gramian(
         self, function: Function, theta: Theta, X: Columns, middle: Middle, recording: bool
     ) -> tuple[Columns, Tensor, Tensor]:
-        one, K = X[0].shape[-1] == 1, X[0].shape[-1]
+        one = X[0].shape[-1] == 1
         names = list(theta)
-        if self._forward_mode and not one and not (self._twice and self.keeping_pays):
+        if self._forward_mode and not one and not (self._double and self.keeping_pays):
             return self._gramian_forward(function, theta, X, middle, recording)
         products: list[Columns] = []
         first, done = _column(names, X, 0), 0
@@ -174,7 +174,7 @@ class Differentiator:
                 F, JV, aux = jvp(function, (theta,), (first,), has_aux=True)
                 return F, (JV, aux)
 
-            F, pull, (JV, aux) = torch.func.vjp(push_first, theta, has_aux=True)
+            F, pull, (JV, aux) = func_vjp(push_first, theta, has_aux=True)
             self._check_forward_mode()
             F = F.detach()
             multiply = _graded(middle(F, aux), recording)
@@ -183,13 +183,13 @@ class Differentiator:
                 with torch.set_grad_enabled(recording):
                     (product,) = pull(U, retain_graph=recording)
                 return _stack([product]), F, aux
-            product, push = torch.func.vjp(lambda u: pull(u)[0], U)
+            self._check_double()
+            product, push = func_vjp(lambda u: pull(u)[0], U)
             products = [_stack([product])]
         else:
             F, pull, push, aux = self._double_reverse(function, theta)
             F = F.detach()
             multiply = _graded(middle(F, aux), recording)
-        self._check_twice()
 
         def gram(v: Theta) -> Columns:
             return list(pull(multiply(push(v)[0]))[0].values())
@@ -231,18 +231,18 @@ class Differentiator:
             def one(v: Theta) -> Any:
                 return jvp(function, (theta,), (v,), has_aux=True)
 
-            F, JV, aux = torch.vmap(one, in_dims=-1, out_dims=(None, 0, None))(V)
+            F, JV, aux = vmap(one, in_dims=-1, out_dims=(None, 0, None))(V)
             return F, (JV, aux)
 
         with _quiet():
-            F, pull, (JV, aux) = torch.func.vjp(push, theta, has_aux=True)
+            F, pull, (JV, aux) = func_vjp(push, theta, has_aux=True)
             self._check_forward_mode()
             F = F.detach()
             multiply = _graded(middle(F, aux), recording)
             with torch.set_grad_enabled(recording):
-                U = torch.vmap(multiply)(JV)
+                U = vmap(multiply)(JV)
                 del JV
-                product = torch.vmap(lambda u: pull(u)[0])(U)
+                product = vmap(lambda u: pull(u)[0])(U)
         return [product[name].movedim(0, -1) for name in names], F, aux
 
     def _second(
@@ -251,7 +251,7 @@ class Differentiator:
         names, K = list(theta), X[0].shape[-1]
         # differentiating a convolution twice in reverse mode costs more than it should
         prefer_forward = K == 1 and self._risk.likely_traits.convolution
-        if self._forward_mode and (prefer_forward or not self._twice):
+        if self._forward_mode and (prefer_forward or not self._double):
             products = []
             for k in range(K):
                 with torch.set_grad_enabled(recording):
@@ -261,7 +261,7 @@ class Differentiator:
                 products.append(_stack([product]))
             self._check_once_differentiable()
             return _concatenate(products), aux
-        _, multiply, aux = self._double(gradient, theta)
+        _, multiply, aux = self._differentiate(gradient, theta)
         with torch.set_grad_enabled(recording):
             if K == 1:
                 (product,) = multiply(_column(names, X, 0), retain_graph=recording)
@@ -274,7 +274,7 @@ class Differentiator:
     ) -> Tensor:
         names, K = list(theta), X[0].shape[-1]
         with torch.set_grad_enabled(recording):
-            if self._forward_mode and (K == 1 or not self._twice or not self.keeping_pays):
+            if self._forward_mode and (K == 1 or not (self._double and self.keeping_pays)):
                 columns = []
                 for k in range(K):
                     v = (_column(names, X, k),)
@@ -289,12 +289,15 @@ class Differentiator:
 
     def _double_reverse(self, function: Function, theta: Theta) -> Any:
         """Return F, u -> Jᵀ u, its transpose v -> J v, and the auxiliary tensor."""
+        self._check_twice()
         F, pull, aux = self.vjp(function, theta)
-        _, push, _ = self.vjp(lambda u: (pull(u)[0], aux), torch.zeros_like(F))
+        if self._forward_mode:
+            self._check_double()
         self._check_once_differentiable()
+        _, push, _ = self.vjp(lambda u: (pull(u)[0], aux), torch.zeros_like(F))
         return F, pull, push, aux
 
-    def _double(self, gradient: Function, theta: Theta) -> Any:
+    def _differentiate(self, gradient: Function, theta: Theta) -> Any:
         """Differentiate a gradient in reverse mode."""
         self._check_twice()
         result = self.vjp(gradient, theta)
@@ -313,7 +316,7 @@ class Differentiator:
             if chunk > 1:
                 try:
                     with _quiet():
-                        product = torch.vmap(multiply, in_dims=-1)(part)
+                        product = vmap(multiply, in_dims=-1)(part)
                     products.append([y.movedim(0, -1) for y in product])
                     continue
                 except RuntimeError:  # maybe an operation that has no rule for vmap
@@ -338,6 +341,16 @@ class Differentiator:
     def _forward_mode(self) -> bool:
         """Whether forward mode can be used, as far as is known."""
         return self._forward and self._functional and self._risk.forward_mode_ok
+
+    @property
+    def _double(self) -> bool:
+        """Whether reverse-mode derivatives can be differentiated, as far as is known."""
+        return self._twice and not self._risk.likely_traits.once_differentiable
+
+    def _check_double(self) -> None:
+        """Start anew if the first look at the model has shown that second derivatives are wrong."""
+        if not self._double:
+            raise _StartAnew
 
     def _check_forward_mode(self) -> None:
         """Start anew if the first look at the model has shown that forward mode is wrong."""
@@ -398,7 +411,7 @@ _NO_FORWARD = ("forward AD", "forward mode AD", "forward-mode AD", "implement th
 _NO_DOUBLE = ("derivative for", "differentiate twice")
 
 
-class _StartAnew(Exception):
+class _StartAnew(Exception):  # noqa: N818
     """Something was found out that asks for another strategy."""
 
 

@@ -96,8 +96,8 @@ class RowsLinearOperator(CurvatureLinearOperator):
         shapes: list[Size] = []
 
         def count(batch: Batch) -> Tensor | float:
+            f = self._risk.evaluate(batch.X)
             with torch.no_grad():
-                f = self._risk.predict(self._risk.params, batch.X)
                 shapes.append(self._rows_of(batch, f))
                 return self._normalizer(batch, f)
 

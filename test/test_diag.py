@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 from torch import Tensor
@@ -161,3 +164,78 @@ def test_division_by_others() -> None:
         D / (0 * D)
     with pytest.raises(TypeError):
         D / [1.0]
+
+
+NAMES = ["W", "scale", "b"]
+
+
+def named(operator: DiagonalLinearOperator) -> DiagonalLinearOperator:
+    return DiagonalLinearOperator(operator.tensors(), NAMES)
+
+
+def test_names_survive() -> None:
+    """Whatever makes a diagonal operator of one or two keeps the names of the one that has them."""
+    A, B = named(diagonal(positive=True)), diagonal(positive=True)
+    eye = IdentityLinearOperator(SHAPES, "cpu", F64)
+    x = {name: torch.randn(shape, dtype=F64) for name, shape in zip(NAMES, SHAPES, strict=True)}
+    flat_x = torch.cat([t.flatten() for t in x.values()])
+    for operator in (
+        *(A, A + B, B + A, A - B, B - A, A @ B, B @ A, A / B, B / A, 3 * A, -A, A / 4, A**3),
+        *(A.inverse(), A.inverse(0.5), A.power(0.3), A.sqrt(), A.eigh(), A.H, A.T, A**-2),
+        *(A + 2 * eye, eye - A, 2 * eye @ A, A @ eye, sum([B, A]), A._entrywise_squares()),
+        *(A.to(F64), copy.deepcopy(A), A + DiagonalLinearOperator(A.tensors(), ["x", "y", "z"])),
+    ):
+        result = operator @ dict(reversed(x.items()))
+        assert list(result) == NAMES
+        expected = operator.diagonal() * flat_x
+        assert torch.allclose(torch.cat([t.flatten() for t in result.values()]), expected)
+        assert list(x @ operator) == NAMES
+    with pytest.raises(ValueError, match="this space has no names"):
+        (B + B) @ x
+
+
+def test_names_of_complex() -> None:
+    """The conjugate keeps names, too."""
+    A = named(diagonal(dtype=C128))
+    x = {name: torch.ones(shape, dtype=C128) for name, shape in zip(NAMES, SHAPES, strict=True)}
+    for operator in (A.H, A.T, A._conjugate(), 2j * named(diagonal())):
+        assert list(operator @ x) == NAMES
+
+
+def test_names_are_saved() -> None:
+    """Names are part of the file; files without them, of earlier versions, still load."""
+    A = named(diagonal())
+    file = io.BytesIO()
+    torch.save([A, A.inverse(0.1), diagonal()], file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert [D._in_names for D in loaded] == [NAMES, NAMES, None]
+    assert [D._out_names for D in loaded] == [NAMES, NAMES, None]
+    old = DiagonalLinearOperator._from_state({"diagonal": A.tensors()})
+    assert old._in_names is None
+    assert torch.equal(old.diagonal(), A.diagonal())
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "b"], ["a", "b", 3], "abc", []])
+def test_wrong_names(names: list[str]) -> None:
+    """One name for each tensor, all different, and strings."""
+    with pytest.raises(ValueError, match="names must be 3 different strings, got"):
+        DiagonalLinearOperator(diagonal().tensors(), names)
+
+
+def test_names_are_plain_strings() -> None:
+    """The safe loader refuses subclasses; the caller's list is not kept."""
+
+    class Name(str):
+        pass
+
+    names = [Name(name) for name in NAMES]
+    D = DiagonalLinearOperator(diagonal().tensors(), names)
+    names.clear()
+    assert [type(name) for name in D._in_names or []] == [str] * 3
+
+
+def test_conjugate_of_real() -> None:
+    """A real diagonal is its own adjoint and transpose."""
+    D = diagonal()
+    assert D.T is D.H is D

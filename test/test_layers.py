@@ -42,7 +42,17 @@ LAYERS = {
         "submatrix",
     ],
     "L2": ["risk"],
-    "L3": ["curvature", "ggn", "hessian"],
+    "L3": [
+        "curvature",
+        "ggn",
+        "gradient_moments",
+        "gramian",
+        "hessian",
+        "jacobian",
+        "kept_graphs",
+        "linearization",
+        "rows",
+    ],
     "L4": ["computers", "ggn_diagonal", "kfac"],
     TOP: ["__init__", "testing"],
 }

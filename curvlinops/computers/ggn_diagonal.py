@@ -161,30 +161,32 @@ class GGNDiagonalComputer:
         numbers = torch.arange(f.numel(), device=f.device, dtype=torch.float32)
         u = numbers.square().cos().to(f.dtype).reshape(f.shape)  # irregular
         expected = self._examples.pull_back(*self._examples.graph(batch.X), u.unsqueeze(0))
-        actual = {name: torch.zeros_like(p) for name, p in self._examples.theta.items()}
+        actual = _zeros(self._examples.theta)
         U = u.reshape(batch.n, 1, -1)
         for gradients in self._gradients(plan, batch, f, lambda rows: iter([U[rows]])):
             for name, g in gradients.items():
-                actual[name] += g.sum((0, 1))
-        scale = sum(float(g.norm()) for g in expected.values())
+                actual[name] += g.to(actual[name].dtype).sum((0, 1))
+        references = _zeros(self._examples.theta) | {
+            name: g[0].to(actual[name].dtype) for name, g in expected.items()
+        }
+        scale = sum(float(g.norm()) for g in references.values())
         for name, g in actual.items():
-            reference = expected[name][0] if name in expected else torch.zeros_like(g)
             # There is nothing but rounding errors where a parameter does not matter.
             absolute = plan.tolerance**1.5 * scale
-            check_same(f"gradient for {name!r}", g, reference, plan.tolerance, absolute)
+            what = f"gradient for {name!r}"
+            check_same(what, g, references[name], plan.tolerance, absolute)
 
     def _separately(
         self, plan: _Plan, batch: Batch, f: Tensor, F: Tensor, targets: Any, first_term: int
     ) -> _Squares:
         """Sum squares, with the model evaluated on single examples."""
         m, C = F.shape
-        chunk = plan.chunk if plan.way == ONE_BY_ONE else plan.chunk // plan.width
         squares = _Squares(self._examples.theta)
         for vectors in self._vectors(F, targets, first_term):
             V = vectors.reshape(-1, batch.n, m // batch.n, C).movedim(0, 1)  # [n, V, R, C]
 
             def cotangents(rows: slice, V: Tensor = V) -> Iterator[Tensor]:
-                for U in _one_term_each(V[rows], chunk):  # [E, k, R, C]
+                for U in _one_term_each(V[rows], plan.chunk):  # [E, k, R, C]
                     yield U.flatten(-2)[..., plan.order]
 
             for gradients in self._gradients(plan, batch, f, cotangents):
@@ -296,10 +298,7 @@ class _Squares:
     """Sums of squares of gradients, in float32 at least."""
 
     def __init__(self, params: dict[str, Tensor]) -> None:
-        self.total = {
-            name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-            for name, p in params.items()
-        }
+        self.total = _zeros(params)
 
     def add(self, gradients: dict[str, Tensor], num_axes: int) -> None:
         """Add the squares of gradients ``[..., *shape]`` with leading axes; empty the dict."""
@@ -307,6 +306,14 @@ class _Squares:
             if name in gradients:
                 g = gradients.pop(name).to(total.dtype)
                 total += g.square().sum(tuple(range(num_axes)))
+
+
+def _zeros(params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return zeros to sum in, of float32 at least."""
+    return {
+        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+        for name, p in params.items()
+    }
 
 
 def _one_term_each(vectors: Tensor, chunk: int) -> Iterator[Tensor]:

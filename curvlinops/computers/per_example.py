@@ -160,6 +160,8 @@ def check_same(
 ) -> None:
     """Raise if something of single examples is not the same as in their batch."""
     message = f"the {what} of an example depends on the others in its batch"
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    actual, expected = actual.to(wide), expected.to(wide)
     if actual.shape != expected.shape or not torch.equal(actual.isnan(), expected.isnan()):
         raise DependentError(message)
     difference = (actual - expected).nan_to_num(0.0, float("inf"), float("inf"))

@@ -184,6 +184,14 @@ class EmpiricalRisk:
         """
         return self._functional.predict(params, X, any_derivative)
 
+    def evaluate(self, X: Any) -> Tensor:
+        """Evaluate the model at its parameters, without a graph.
+
+        Args:
+            X: Inputs of a batch.
+        """
+        return self._functional.evaluate(X)
+
     def batches(self, desc: str) -> Iterator[Batch]:
         """Pass over the data, with a progress bar if wanted; use inside of :meth:`undisturbed`.
 
@@ -362,7 +370,7 @@ class EmpiricalRisk:
             # The first batch is inspected: the watched prediction is the one that is recorded.
             first = self._functional.traits is None
             X = batch.X
-            prediction = self._functional.inspect(X) if first else self.predict(self.params, X)
+            prediction = self._functional.inspect(X) if first else self.evaluate(X)
             record.add(batch, prediction, self.loss)
         return record
 

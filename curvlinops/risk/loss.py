@@ -33,6 +33,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+# The types of torch do not tell two results from the three with has_aux=True.
+vjp: Any = torch.func.vjp
+
 #: Selects columns of a Hessian root; None selects all of them.
 Columns = slice | Tensor | Sequence[int] | None
 #: Entries that are worked on at once: a CPU's cache and allocator like small tensors, others do not
@@ -43,8 +46,15 @@ CHUNK = {"cpu": 2**18, "other": 2**22}
 class Loss:
     r"""What curvature matrices need to know about one loss function with its options.
 
-    This base class holds the defaults of losses with closed forms; what has none raises
-    ``NotImplementedError``.
+    Base class of the entries that :func:`~curvlinops.register_loss` takes. An entry implements
+
+    - :meth:`terms` and :meth:`normalizer`, and :meth:`term_values` or :meth:`value`. The Hessian,
+      the Gauss-Newton matrix and the empirical Fisher need no more: derivatives are then automatic.
+      Implement :meth:`grad` and :meth:`hess_vec` where a formula saves time or memory;
+    - :meth:`root_columns` for KFAC of type 2 and the exact diagonal;
+    - :meth:`sample` (and :meth:`draws`) for everything Monte-Carlo.
+
+    What is missing raises ``NotImplementedError``, saying what to implement.
     """
 
     #: Whether derivatives, Hessian roots and samples are available, not only the value.
@@ -71,10 +81,12 @@ class Loss:
         Raises:
             ValueError: If shapes or dtypes do not fit the loss function.
         """
-        raise self._missing("flattening into loss terms")
+        raise self._missing("flattening into loss terms", "terms")
 
     def value(self, F: Tensor, targets: Any, n: int) -> Tensor:
         r"""Sum the loss terms, :math:`\sum_m \ell_m`, with all options and without averaging.
+
+        By default, the sum of :meth:`term_values`.
 
         Args:
             F: Predictions ``[m, C]`` from :meth:`terms`.
@@ -84,7 +96,7 @@ class Loss:
         Returns:
             Scalar tensor.
         """
-        raise self._missing("value")
+        return self.term_values(F, targets).sum()
 
     def term_values(self, F: Tensor, targets: Any) -> Tensor:
         r"""Evaluate each loss term :math:`\ell_m`.
@@ -96,7 +108,7 @@ class Loss:
         Returns:
             Tensor of shape ``[m]``.
         """
-        raise self._missing("values of the loss terms")
+        raise self._missing("values of the loss terms", "term_values")
 
     def normalizer(self, F: Tensor, targets: Any, n: int) -> Tensor | float:
         """Return what this batch adds to the denominator of the reduction ``"mean"``.
@@ -110,7 +122,7 @@ class Loss:
             A Python number where it follows from the shapes, else a scalar tensor on ``F``'s
             device, in ``F``'s dtype or float32 if that is wider.
         """
-        raise self._missing("normalizer")
+        raise self._missing("normalizer", "normalizer")
 
     def weight(self, F: Tensor, targets: Any) -> Tensor | None:
         """Return the factor k by which the options scale each loss term's Hessian.
@@ -126,7 +138,9 @@ class Loss:
         return None
 
     def grad(self, F: Tensor, targets: Any) -> Tensor:
-        r"""Evaluate the gradients :math:`\nabla_f \ell_m`.
+        r"""Evaluate the gradients :math:`\nabla_f \ell_m`, differentiably.
+
+        By default, by differentiating :meth:`value`.
 
         Args:
             F: Predictions ``[m, C]`` from :meth:`terms`.
@@ -135,10 +149,12 @@ class Loss:
         Returns:
             Tensor of shape ``[m, C]``.
         """
-        raise self._missing("gradient")
+        return torch.func.grad(lambda F: self.value(F, targets, F.shape[0]))(F)
 
     def hess_vec(self, F: Tensor, targets: Any, V: Tensor) -> Tensor:
         r"""Multiply each loss term's Hessian :math:`\nabla_f^2 \ell_m` onto a vector.
+
+        By default, by differentiating :meth:`grad`.
 
         Args:
             F: Predictions ``[m, C]`` from :meth:`terms`.
@@ -148,7 +164,14 @@ class Loss:
         Returns:
             Tensor of shape ``[..., m, C]``.
         """
-        raise self._missing("Hessian-vector product")
+
+        def multiply(F: Tensor, targets: Any, V: Tensor) -> Tensor:
+            # Loss terms are independent, so all of their Hessians are one symmetric matrix.
+            _, transpose = vjp(lambda F: self.grad(F, targets), F)
+            products = [transpose(v)[0] for v in V.reshape(-1, *F.shape)]
+            return torch.stack(products).reshape(V.shape) if products else torch.zeros_like(V)
+
+        return self._in_chunks(multiply, F, targets, V, entries=V.numel())
 
     def root_columns(self, F: Tensor, targets: Any, columns: Columns = None) -> Tensor:
         r"""Evaluate columns of :math:`S_m` with :math:`S_m S_m^\top = \nabla_f^2 \ell_m`.
@@ -161,7 +184,7 @@ class Loss:
         Returns:
             Tensor of shape ``[len(columns), m, C]``; it may be an expanded view.
         """
-        raise self._missing("Hessian root")
+        raise self._missing("Hessian root", "root_columns")
 
     def num_columns(self, C: int) -> int:
         """Return the number of columns of the Hessian root of a term with ``C`` entries."""
@@ -190,7 +213,7 @@ class Loss:
         Raises:
             ValueError: If the uniforms do not have this shape.
         """
-        raise self._missing("would-be gradient")
+        raise self._missing("would-be gradient", "sample")
 
     def sampled_hess_vec(self, F: Tensor, targets: Any, uniforms: Tensor, V: Tensor) -> Tensor:
         r"""Multiply a Monte-Carlo estimate of each loss term's Hessian onto a vector.
@@ -330,13 +353,10 @@ class Loss:
         if not self.closed_form:
             raise self._missing(what)
 
-    def _missing(self, what: str) -> NotImplementedError:
-        """Build the error for something that this loss has no formula for."""
-        return NotImplementedError(
-            f"{self.name} has no closed-form {what}. Losses with closed forms: "
-            f"{', '.join(sorted(display_name(loss) for loss in LOSSES))}. Use one of these, or an "
-            "operator that only needs the loss's value, such as the Hessian."
-        )
+    def _missing(self, what: str, method: str | None = None) -> NotImplementedError:
+        """Build the error for something that this entry does not implement."""
+        hint = "" if method is None else f": implement {type(self).__name__}.{method}"
+        return NotImplementedError(f"{self.name} has no {what}{hint}.")
 
 
 #: The losses with closed forms: module class or function -> entry.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from warnings import warn
@@ -43,16 +43,16 @@ class ModelTraits:
             not treat its padding row as constant.
         embedding_bag: Whether an embedding bag was used. PyTorch differentiates it in reverse mode
             and once only.
-        convolution: Whether a convolution was used. Its second derivative in reverse mode costs more
-            than it should.
+        convolution: Whether a convolution was used. Its second derivative in reverse mode costs
+            more than it should.
         attention: Whether fused attention was used. Its kernels have derivatives in reverse mode
             and once only.
-        once_differentiable: Names of custom functions that forbid second derivatives; ``torch.func``
-            ignores this, and takes their first derivative for a constant.
+        once_differentiable: Names of custom functions that forbid second derivatives. PyTorch often
+            takes their first derivative for a constant, without an error.
         eps: The coarsest machine epsilon among the floating point numbers that were computed.
         entries: The number of floating point numbers that were computed.
-        random: Whether torch's global random generator was used; only :meth:`FunctionalModel.inspect`
-            looks.
+        random: Whether torch's global random generator was used; set by
+            :meth:`FunctionalModel.inspect` only.
     """
 
     padding_idx: bool = False
@@ -103,7 +103,8 @@ class FunctionalModel:
         self.module: nn.Module | None = None
         self.traits: ModelTraits | None = None
         self._hints = ModelTraits()
-        self._has_scripted_part = self._has_attention_layer = self._warned = False
+        self._has_scripted_part = self._has_attention_layer = False
+        self._differentiated = self._warned = False
         if isinstance(model_func, nn.Module):
             self.module = model_func
             layers = list(model_func.modules())
@@ -170,8 +171,9 @@ class FunctionalModel:
             TypeError: If the model returns something else than a tensor.
         """
         if any_derivative:
-            with self._plain_attention(), self.watching():
-                return self.predict(params, X)
+            with self._plain_attention(), self._watching_derivatives() as outputs:
+                outputs.append(self.predict(params, X))
+            return outputs[0]
         X = fresh_mapping(X)
         if self.module is None:
             prediction = self._function(params, X)
@@ -181,8 +183,17 @@ class FunctionalModel:
             raise TypeError(_not_a_tensor(prediction))
         return prediction
 
+    def evaluate(self, X: Any) -> Tensor:
+        """Evaluate the model at its parameters, without a graph.
+
+        Gradients are enabled inside, for models that differentiate with respect to their inputs.
+        """
+        params = {name: p.detach() for name, p in self.params.items()}
+        with torch.enable_grad():
+            return self.predict(params, X).detach()
+
     def inspect(self, X: Any) -> Tensor:
-        """Evaluate the model without gradients, and set the traits from what it does.
+        """Evaluate the model without a graph, and set the traits from what it does.
 
         Args:
             X: Inputs of a batch.
@@ -196,8 +207,8 @@ class FunctionalModel:
         """
         watch = _Watch()
         before = self._generator_states()
-        with torch.no_grad(), watch:
-            prediction = self.predict(self.params, X)
+        with watch:
+            prediction = self.evaluate(X)
         states = zip(before, self._generator_states(), strict=True)
         watch.traits.random = any(not torch.equal(a, b) for a, b in states)
         self.traits = watch.traits
@@ -219,10 +230,29 @@ class FunctionalModel:
         self.traits = watch.traits
 
     @contextmanager
+    def _watching_derivatives(self) -> Iterator[list[Tensor]]:
+        """Watch the first prediction that is differentiated; it is appended to the list yielded.
+
+        Custom functions are seen only then.
+        """
+        outputs: list[Tensor] = []
+        if self._differentiated or torch.compiler.is_compiling():
+            yield outputs
+            return
+        watch = _Watch()
+        with watch:
+            yield outputs
+        if self.traits is None:
+            self.traits = watch.traits
+        names = [*watch.traits.once_differentiable, *_once_differentiable_nodes(outputs[0].grad_fn)]
+        self.traits.once_differentiable = sorted(set(names))
+        self._differentiated = True
+
+    @contextmanager
     def _plain_attention(self) -> Iterator[None]:
         """Compute attention by kernels that have derivatives in both modes and of second order."""
-        unknown = self.traits is None
-        if not (unknown or self.traits.attention or self._has_attention_layer):
+        traits = self.traits
+        if not (traits is None or traits.attention or self._has_attention_layer):
             yield
             return
         if torch.compiler.is_compiling():  # what follows cannot be traced
@@ -294,7 +324,9 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.traits.convolution |= func in _CONVOLUTIONS
-        self.traits.attention |= func is functional.scaled_dot_product_attention
+        self.traits.attention |= func is functional.scaled_dot_product_attention or (
+            func is functional.multi_head_attention_forward and not kwargs.get("need_weights", True)
+        )
         if func is custom_function_call and _is_once_differentiable(args[0]):
             self.traits.once_differentiable.append(args[0].__name__)
         if func in _EMBEDDINGS:
@@ -361,6 +393,20 @@ def _is_once_differentiable(function: Any) -> bool:
     """Whether a ``torch.autograd.Function`` forbids second derivatives."""
     backward = getattr(function, "backward", None)
     return getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE
+
+
+def _once_differentiable_nodes(root: Any) -> Iterator[str]:
+    """Yield the names of custom functions in a graph that forbid second derivatives."""
+    seen, todo = set(), [root]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        function: Any = getattr(type(node), "_forward_cls", None)
+        if _is_once_differentiable(function):
+            yield function.__name__
+        todo.extend(following for following, _ in node.next_functions)
 
 
 _ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__

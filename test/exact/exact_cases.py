@@ -2,27 +2,38 @@
 
 The references know nothing of what the package has to get right: a batch is nothing special
 (PyTorch's own loss averages over all data at once), there are no loss terms (the Gauss-Newton
-matrix is JᵀHJ with the Hessian H of the loss of all predictions), and derivatives are those of
-reverse mode.
+matrix is JᵀHJ with the Hessian H of the loss of all predictions) but those that PyTorch returns
+for the reduction "none", and derivatives are those of reverse mode.
 """
 
 from __future__ import annotations
 
+import re
 from collections import UserDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev
 from torch.nn import functional as F
 
-from curvlinops import GGNLinearOperator, HessianLinearOperator
+from curvlinops import (
+    EFLinearOperator,
+    GGNLinearOperator,
+    HessianLinearOperator,
+    JacobianLinearOperator,
+    PerExampleGradientLinearOperator,
+    TransposedJacobianLinearOperator,
+)
 
-OPERATORS = [HessianLinearOperator, GGNLinearOperator]
+OPERATORS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator]
+JACOBIANS = [JacobianLinearOperator, TransposedJacobianLinearOperator]
+ALL = [*OPERATORS, PerExampleGradientLinearOperator, *JACOBIANS]
 Params = dict[str, Tensor]
 LossFunction = Callable[[Any, Any], Tensor]
 C = 3  # classes
@@ -50,15 +61,24 @@ class Problem:
             self.params = dict(self.model.named_parameters())
 
     def operator(self, cls: Any, reduction: str = "mean", **options: Any) -> Any:
-        """Build an operator."""
+        """Build an operator; Jacobians get no loss."""
+        loss = () if cls in JACOBIANS else (self.loss(reduction),)
         return cls(
             self.model,
-            self.loss(reduction),
+            *loss,
             self.params,
             options.pop("data", self.data),
             batch_size_fn=self.batch_size_fn,
             **options,
         )
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Round all numbers."""
+        self.model.to(dtype)
+        self.params = dict(self.model.named_parameters())
+        self.data = [
+            (X.to(dtype), y.to(dtype) if y.is_floating_point() else y) for X, y in self.data
+        ]
 
     @property
     def shapes(self) -> list[torch.Size]:
@@ -117,9 +137,45 @@ class Problem:
         J = jacrev(predict)(self.flat())
         return J.T @ jacrev(grad(objective))(predict(self.flat())) @ J
 
+    def jacobian(self) -> Tensor:
+        """The Jacobian of all predictions, batch by batch."""
+
+        def predict(theta: Tensor) -> Tensor:
+            return torch.cat([f.reshape(-1) for f in self.predictions(theta)])
+
+        return jacrev(predict)(self.flat())
+
+    def gradients(self) -> Tensor:
+        """The gradients of the loss terms, one per row."""
+
+        def terms(theta: Tensor) -> Tensor:
+            predictions = self._together(self.predictions(theta))
+            values = self.loss("none")(predictions, self._together([y for _, y in self.data]))
+            return values.reshape(len(values), -1).sum(1)
+
+        return jacrev(terms)(self.flat())
+
+    def scale(self, reduction: str = "mean") -> Tensor:
+        """The factor between the sum of the loss terms and the loss."""
+        predictions = self.predictions(self.flat())
+        return self.objective(predictions, reduction) / self.objective(predictions, "sum")
+
+    def ef(self, reduction: str = "mean") -> Tensor:
+        A = self.gradients()
+        return self.scale(reduction) * A.T @ A
+
     def dense(self, cls: Any, reduction: str = "mean") -> Tensor:
         """The matrix of an operator class."""
-        return self.hessian(reduction) if cls is HessianLinearOperator else self.ggn(reduction)
+        if cls in JACOBIANS:
+            return self.jacobian() if cls is JacobianLinearOperator else self.jacobian().T
+        if cls is PerExampleGradientLinearOperator:
+            return self.gradients()
+        matrices = {
+            HessianLinearOperator: self.hessian,
+            GGNLinearOperator: self.ggn,
+            EFLinearOperator: self.ef,
+        }
+        return matrices[cls](reduction)
 
 
 def assert_matrix(operator: Any, dense: Tensor, tolerance: float = 1e-12) -> None:
@@ -490,3 +546,54 @@ LOSSES = {
     "own function": _loss(_function(cubic, power=3), rand, C, classes=None),
 }
 PROBLEMS = {**{build.__name__: build for build in MODELS}, **LOSSES}
+#: Problems whose loss is known by its value only.
+GENERIC = {"sequence_huber", "CE subclass", "L1", "Huber", "Poisson function", "own function"}
+CLOSED_FORM = [name for name in PROBLEMS if name not in GENERIC]
+
+
+# --------------------------------------------------------------------------------------------------
+# Tests for all operators
+# --------------------------------------------------------------------------------------------------
+def for_each(operators: Sequence[Any], *names: str) -> Any:
+    """Call a test with each operator, and the names of problems whose loss is enough for it."""
+    if not names:
+        return pytest.mark.parametrize("cls", operators)
+    value_only = (HessianLinearOperator, GGNLinearOperator, *JACOBIANS)
+    return pytest.mark.parametrize(
+        ("cls", "name"),
+        [(c, n) for c in operators for n in names if c in value_only or n not in GENERIC],
+    )
+
+
+class Passes:
+    """Data that count how often they are iterated."""
+
+    def __init__(self, batches: list[Any]):
+        self.batches, self.count = batches, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.count += 1
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class Costs:
+    """What a model on counted data costs: passes, batches' sizes in calls, and progress bars."""
+
+    def __init__(self, data: list[Any], capture: pytest.CaptureFixture[str]):
+        self.calls: list[int] = []
+        self.model = Apply(lambda self, x: self.net(x), net=mlp())
+        self.model.register_forward_pre_hook(lambda _, inputs: self.calls.append(len(inputs[0])))
+        self.data, self.capture = Passes(data), capture
+
+    def __call__(self) -> tuple[int, list[int], list[str]]:
+        """Return the costs since the last call."""
+        text = self.capture.readouterr().err
+        finished = re.findall(r"([^\r\n]*): 100%[^\r\n]*3/3[^\r\n]*\n", text)
+        assert text.count("\n") == len(finished)
+        result = self.data.count, list(self.calls), finished
+        self.data.count = 0
+        self.calls.clear()
+        return result

@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from exact_cases import OPERATORS, Apply
+from exact_cases import ALL, JACOBIANS, OPERATORS, Apply, for_each
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from curvlinops import (
+    GGNLinearOperator,
+    HessianLinearOperator,
+    TransposedJacobianLinearOperator,
+)
+
 X, Y = torch.rand(4, 3), torch.rand(4, 2)
 BATCH = [(X, Y)]
-pytestmark = pytest.mark.parametrize("cls", OPERATORS)
+#: Operators that only need the value of a loss.
+VALUE_ONLY = (HessianLinearOperator, GGNLinearOperator)
 
 
 class Model(nn.Module):
@@ -41,6 +48,8 @@ def build(cls: Any, model: Model | None = None, **changes: Any) -> Any:
         "data": BATCH,
         **changes,
     }
+    if cls in JACOBIANS:
+        del arguments["loss_func"]
     return cls(**arguments)
 
 
@@ -212,8 +221,19 @@ KNOWN_EARLY: dict[str, tuple[Callable[[Model], dict[str, Any]], type[Exception],
 }
 
 
+ABOUT_LOSSES = {case for case in KNOWN_EARLY if "loss" in case or case[:3] == "no "} - {"no params"}
+
+
 @pytest.mark.parametrize("check_deterministic", [True, False])
-@pytest.mark.parametrize("case", KNOWN_EARLY)
+@pytest.mark.parametrize(
+    ("cls", "case"),
+    [
+        (c, case)
+        for c in ALL
+        for case in KNOWN_EARLY
+        if not (c in JACOBIANS and case in ABOUT_LOSSES)
+    ],
+)
 def test_known_before_the_model_is_evaluated(
     cls: Any, case: str, check_deterministic: bool
 ) -> None:
@@ -224,12 +244,13 @@ def test_known_before_the_model_is_evaluated(
     assert model.calls == 0
 
 
+@for_each(ALL)
 def test_tied_parameter_twice(cls: Any) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     params = {"0.weight": torch.rand(3, 3), "1.weight": torch.rand(3, 3)}
     with pytest.raises(ValueError, match=r"'0\.weight' and '1\.weight' are tied in Sequential"):
-        cls(model, nn.MSELoss(), params, BATCH)
+        build(cls, model_func=model, params=params)
 
 
 # what a module's layers tell: layers, message
@@ -246,6 +267,7 @@ RANDOM_LAYERS = {
 }
 
 
+@for_each(ALL)
 @pytest.mark.parametrize("layer", RANDOM_LAYERS)
 def test_random_layers(cls: Any, layer: str) -> None:
     model = Model(RANDOM_LAYERS[layer][0])
@@ -256,11 +278,13 @@ def test_random_layers(cls: Any, layer: str) -> None:
     assert (A @ torch.ones(A.shape[1])).isfinite().all()
 
 
+@for_each(ALL)
 def test_random_functions_and_data(cls: Any) -> None:
     noisy = Apply(lambda self, x: self.net(x) + torch.randn(len(x), 2), net=nn.Linear(3, 2))
     params = dict(noisy.named_parameters())
-    with pytest.raises(RuntimeError, match=r"prediction and the loss differ.*not deterministic"):
-        cls(noisy, nn.MSELoss(), params, BATCH)
+    what = "prediction differs" if cls in JACOBIANS else "prediction and the loss differ"
+    with pytest.raises(RuntimeError, match=rf"{what}.*not deterministic"):
+        build(cls, model_func=noisy, params=params)
 
     class Augmented:
         def __iter__(self) -> Any:
@@ -314,7 +338,16 @@ KNOWN_LATE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }
 
 
-@pytest.mark.parametrize("case", KNOWN_LATE)
+@pytest.mark.parametrize(
+    ("cls", "case"),
+    [
+        (cls, case)
+        for cls in ALL
+        for case in KNOWN_LATE
+        if (cls not in JACOBIANS or case in ("tuple", "mapping", "number of data"))
+        and (cls in VALUE_ONLY or case != "no scalar")
+    ],
+)
 def test_known_from_the_prediction(cls: Any, case: str) -> None:
     arguments, error, message = KNOWN_LATE[case]
     if "model_func" in arguments:
@@ -324,6 +357,8 @@ def test_known_from_the_prediction(cls: Any, case: str) -> None:
     A = build(cls, **{"num_data": 4, **arguments}, check_deterministic=False)
     with pytest.raises(error, match=message):
         A @ torch.ones(A.shape[1])
+    with pytest.raises(error, match=message):
+        torch.ones(A.shape[0]) @ A
 
 
 VECTORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
@@ -347,6 +382,7 @@ VECTORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
 }
 
 
+@for_each(OPERATORS)
 @pytest.mark.parametrize("case", VECTORS)
 def test_vectors(cls: Any, case: str) -> None:
     vector, error, message = VECTORS[case]
@@ -362,6 +398,7 @@ def test_vectors(cls: Any, case: str) -> None:
     assert model.calls == 0
 
 
+@for_each(OPERATORS)
 def test_what_the_matrices_cannot_do(cls: Any) -> None:
     model = Model()
     A = build(cls, model)
@@ -379,8 +416,11 @@ def test_what_the_matrices_cannot_do(cls: Any) -> None:
     assert model.calls == 0
 
 
+@for_each(ALL)
 def test_functions_without_second_derivatives(cls: Any) -> None:
     bag = nn.EmbeddingBag(5, 2)
-    A = cls(bag, nn.MSELoss(), dict(bag.named_parameters()), [(torch.zeros(4, 3).long(), Y)])
+    data = [(torch.zeros(4, 3).long(), Y)]
+    A = build(cls, model_func=bag, params=dict(bag.named_parameters()), data=data)
+    needs_first_only = A.T if cls is TransposedJacobianLinearOperator else A
     with pytest.raises(NotImplementedError, match="embedding_bag"):
-        A @ torch.ones(10)
+        needs_first_only @ torch.ones(10)

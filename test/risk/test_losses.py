@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, jacrev, jvp, vjp, vmap
 from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_map
 
 from curvlinops._random import RandomSource
+from curvlinops.risk.loss import CHUNK
 from curvlinops.risk.losses import MSE, BCEWithLogits, CrossEntropy, GenericLoss, Loss, loss_entry
 
 DOUBLE = torch.float64
@@ -629,6 +635,219 @@ def test_draws_and_columns() -> None:
     assert [entry.num_columns(7) for entry in (CrossEntropy(), MSE(), BCEWithLogits())] == [7] * 3
 
 
+# --- products with outer products of gradients
+
+
+@all_cases
+def test_sampled_hess_vec(case: Case) -> None:
+    """The product is that with the second moment of the samples, for any leading axes."""
+    F, targets = case.terms()
+    u = _rand(len(F), 5, case.entry.draws(F.shape[1]))
+    samples = case.entry.sample(F, targets, u)
+    for leading in [(), (3,), (2, 3), (0,)]:
+        V = _logits(*leading, *F.shape)
+        truth = torch.einsum("smi,smj,...mj->...mi", samples, samples, V) / 5
+        torch.testing.assert_close(case.entry.sampled_hess_vec(F, targets, u, V), truth)
+        default = Loss.sampled_hess_vec(case.entry, F, targets, u, V)
+        torch.testing.assert_close(default, truth)
+
+
+@all_cases
+def test_grad_outer_vec(case: Case) -> None:
+    """The product is that with the gradient's outer product, for any leading axes."""
+    F, targets = case.terms()
+    for leading in [(), (3,), (2, 3), (0,)]:
+        V = _logits(*leading, *F.shape)
+        truth = torch.einsum("mi,mj,...mj->...mi", case.gradient, case.gradient, V)
+        torch.testing.assert_close(case.entry.grad_outer_vec(F, targets, V), truth)
+
+
+@each_kind
+def test_wrong_uniforms_of_products(case: Case) -> None:
+    """Uniforms of another shape, or none at all, are refused."""
+    F, targets = case.terms()
+    m, C = F.shape
+    draws = case.entry.draws(C)
+    for cls in (type(case.entry), Loss):
+        multiply = partial(cls.sampled_hess_vec, case.entry, F, targets)
+        for shape in [(m + 1, 2, draws), (m, 2, draws + 1), (m, draws)]:
+            with pytest.raises(ValueError, match=rf"\[{m}, samples, {draws}\]"):
+                multiply(_rand(*shape), F)
+        with pytest.raises(ValueError, match="at least one sample"):
+            multiply(_rand(m, 0, draws), F)
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), nn.MSELoss()])
+def test_products_in_half_precision(loss: nn.Module) -> None:
+    """Sums over many samples and entries are exact; the results are rounded once."""
+    entry, _ = loss_entry(loss)
+    f = _logits(20, 50).to(torch.bfloat16)
+    y = _classes(50, 20) if isinstance(loss, nn.CrossEntropyLoss) else _rand(20, 50)
+    V = _logits(20, 50, seed=6).to(torch.bfloat16)
+    u = _rand(20, 1000, entry.draws(50))
+    for method, args in [("sampled_hess_vec", (u,)), ("grad_outer_vec", ())]:
+        result = getattr(entry, method)(*entry.terms(f, y), *args, V)
+        assert result.dtype == torch.bfloat16
+        truth = getattr(entry, method)(*entry.terms(f.to(DOUBLE), y), *args, V.to(DOUBLE))
+        error = (result.to(DOUBLE) - truth).norm() / truth.norm()
+        assert error < 2 * torch.finfo(torch.bfloat16).eps
+
+
+def test_confident_products_do_not_cancel() -> None:
+    """The Monte-Carlo estimate is accurate in float32 although p_y rounds to 1."""
+    entry, _ = loss_entry(nn.CrossEntropyLoss())
+    F, targets = entry.terms(torch.tensor([[20.0, 0.0]]), torch.tensor([0]))
+    u = torch.full((1, 2, 1), 0.5, dtype=DOUBLE)
+    V = torch.tensor([[1.0, -1.0]])
+    small = torch.tensor(20.0, dtype=DOUBLE).neg().sigmoid()
+    expected = 2 * small**2 * torch.tensor([[1, -1]])
+    product = entry.sampled_hess_vec(F, targets, u, V)
+    torch.testing.assert_close(product, expected.float(), rtol=1e-6, atol=0)
+
+
+# --- memory
+
+
+def _transform(fn: Callable[[Tensor], Tensor], F: Tensor, V: Tensor) -> list[Tensor]:
+    """A function's value and derivatives, alone and mapped."""
+    both = torch.stack([F, V])
+    outer = vjp(lambda FV: vmap(fn)(FV), both)
+    return [
+        fn(F),
+        vmap(fn)(both),
+        vjp(fn, F)[1](fn(F))[0],
+        jvp(fn, (F,), (V,))[1],
+        vmap(lambda v: vjp(fn, F)[1](fn(v))[0])(both),
+        vmap(lambda v: jvp(fn, (F,), (v,))[1])(both),
+        outer[1](outer[0])[0],
+        torch.autograd.functional.vjp(fn, F, fn(F))[1],
+    ]
+
+
+@each_kind
+@pytest.mark.parametrize("chunk", [1, 11])
+def test_chunks_do_not_matter(case: Case, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few loss terms at a time give the same numbers, under all transformations."""
+    entry = case.entry
+    F, targets = case.terms()
+    V, u = _logits(2, *F.shape, seed=6), _rand(F.shape[0], 2, entry.draws(F.shape[1]))
+
+    def everything() -> list[Tensor]:
+        results = [entry.sample(F, targets, u[:, :0])]
+        for fn in (
+            lambda F: entry.grad(F, targets),
+            lambda F: entry.hess_vec(F, targets, V),
+            lambda F: entry.hess_vec(V[1], targets, F),
+            lambda F: entry.sampled_hess_vec(V[1], targets, u, F),
+            lambda F: entry.grad_outer_vec(F, targets, V),
+        ):
+            results += _transform(fn, F, V[0])
+        for fn in (
+            lambda F: entry.sample(F, targets, u),
+            lambda F: entry.sampled_hess_vec(F, targets, u, V),
+        ):
+            results += [fn(F), vmap(fn)(V)]
+        return results
+
+    expected = everything()
+    monkeypatch.setitem(CHUNK, "cpu", chunk)
+    torch.testing.assert_close(everything(), expected, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", ["CE-ignored-smoothing", "BCE-all"])
+def test_chunks_compile(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are part of one graph."""
+    (case,) = (case for case in CASES if case.name == name)
+    entry = case.entry
+    F, targets = case.terms()
+    monkeypatch.setitem(CHUNK, "cpu", F.numel() - 1)  # two chunks
+    u = _rand(F.shape[0], 2, entry.draws(F.shape[1]))
+
+    def everything(F: Tensor, u: Tensor) -> list[Tensor]:
+        return [
+            vjp(lambda F: entry.grad(F, targets), F)[1](F)[0],
+            entry.sampled_hess_vec(F, targets, u, F),
+            entry.grad_outer_vec(F, targets, entry.hess_vec(F, targets, F)),
+            entry.sample(F, targets, u),
+        ]
+
+    compiled = torch.compile(everything, fullgraph=True, backend="eager")(F, u)
+    torch.testing.assert_close(compiled, everything(F, u))
+
+
+@each_kind
+def test_targets_can_be_mapped(case: Case) -> None:
+    """One prediction with several targets: results in place would not do."""
+    entry = case.entry
+    F, targets = case.terms()
+    both = tree_map(lambda leaf: torch.stack([leaf, leaf.flip(0)]), targets)
+    u = _rand(F.shape[0], 2, entry.draws(F.shape[1]))
+    for fn in (
+        lambda t: entry.grad(F, t),
+        lambda t: entry.hess_vec(F, t, F),
+        lambda t: entry.sample(F, t, u),
+        lambda t: entry.sampled_hess_vec(F, t, u, F),
+        lambda t: entry.grad_outer_vec(F, t, F),
+    ):
+        each = [fn(tree_map(lambda leaf, i=i: leaf[i], both)) for i in (0, 1)]
+        torch.testing.assert_close(vmap(fn)(both), torch.stack(each))
+
+
+def _peak(path: Path, function: Callable[[], Any]) -> int:
+    """The most bytes that a call holds at once, besides what there was, as the allocator sees."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    del result
+    profiler.export_chrome_trace(str(path))
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e["name"] == "[memory]"]
+    events.sort(key=lambda event: (event["ts"], event["args"]["Ev Idx"]))
+    return max(itertools.accumulate(event["args"]["Bytes"] for event in events))
+
+
+_C = 50_000
+LARGE = {
+    "CE": (nn.CrossEntropyLoss(), 0.1),
+    "CE options": (nn.CrossEntropyLoss(weight=torch.rand(_C), label_smoothing=0.1), 1.0),
+    "CE probabilities": (nn.CrossEntropyLoss(), 0.1),
+    "CE weighted probabilities": (nn.CrossEntropyLoss(weight=torch.rand(_C)), 1.0),
+    "BCE": (nn.BCEWithLogitsLoss(), 0.1),
+    "BCE options": (nn.BCEWithLogitsLoss(pos_weight=torch.rand(_C)), 2.0),
+    "MSE": (nn.MSELoss(), 0.1),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_memory_for_a_large_vocabulary(name: str, tmp_path: Path) -> None:
+    """Besides a result, there is at most one tensor as large as the logits; no float64 copy."""
+    loss, recorded = LARGE[name]
+    entry, _ = loss_entry(loss)
+    f = torch.randn(64, _C)
+    y = f.softmax(-1) if name.startswith("BCE") or "prob" in name else torch.randn(64, _C)
+    y = torch.randint(_C, (64,)) if name in ("CE", "CE options") else y
+    F, targets = entry.terms(f, y)
+    V = torch.randn(64, _C)
+    u = _rand(64, 1, entry.draws(_C))
+    logits = 4 * F.numel()
+
+    def besides(result: int, function: Callable[[], Any]) -> float:
+        return _peak(tmp_path / "trace.json", function) / logits - result
+
+    assert besides(1, lambda: entry.hess_vec(F, targets, V)) < 0.5
+    assert besides(3, lambda: entry.hess_vec(F, targets, torch.stack([V, V]))) < 2.5
+    assert besides(1, lambda: entry.sample(F, targets, u)) < 0.7
+    assert besides(1, lambda: entry.sampled_hess_vec(F, targets, u, V)) < 1.0
+    assert besides(1, lambda: entry.grad_outer_vec(F, targets, V)) < 0.5
+    assert besides(1, lambda: entry.grad(F, targets)) < 1.1
+    # with a graph: what is saved for the derivatives stays
+    G = F.clone().requires_grad_()
+    assert besides(1, lambda: entry.grad(G, targets)) < 1.1 + recorded
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()), lambda t: t):
+        entry.grad(G, targets)
+    large = sum(numel for numel in saved) / F.numel()
+    assert large < {"MSE": 0.1, "BCE options": 2.1}.get(name, 1.1)
+
+
 # --- dtypes
 
 
@@ -649,6 +868,8 @@ def test_dtypes(case: Case, dtype: torch.dtype) -> None:
         lambda F, t: case.entry.hess_vec(F, t, V.to(F.dtype)),
         case.entry.root_columns,
         lambda F, t: case.entry.sample(F, t, u),
+        lambda F, t: case.entry.sampled_hess_vec(F, t, u, V.to(F.dtype)),
+        lambda F, t: case.entry.grad_outer_vec(F, t, V.to(F.dtype)),
     ):
         result = fn(F, targets)
         assert result.dtype == dtype
@@ -953,6 +1174,8 @@ def test_generic_loss_has_no_closed_forms() -> None:
             lambda entry: entry.hess_vec(f, f, f),
             lambda entry: entry.root_columns(f, f),
             lambda entry: entry.sample(f, f, f),
+            lambda entry: entry.sampled_hess_vec(f, f, f, f),
+            lambda entry: entry.grad_outer_vec(f, f, f),
             lambda entry: entry.num_columns(3),
             lambda entry: entry.draws(3),
         ):
