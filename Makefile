@@ -5,7 +5,7 @@
 #           make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 #           Changing PYTHON or TORCH makes the environment anew; export them to keep a choice.
 # WORKERS   processes that run the tests
-# ARGS      further arguments for pytest: make test ARGS="-k kronecker"
+# ARGS      further arguments: make test ARGS="-k kronecker", make bench ARGS="--rounds 20"
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
@@ -17,10 +17,13 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 
+# Libraries that the benchmark compares with, each in an environment of its own, named after it.
+PEERS := $(addprefix build/peers/,curvlinops-for-pytorch hessian-eigenthings)
+
 export PYTHON TORCH
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format FORCE
+.PHONY: help demo test test-all lint format bench $(PEERS) FORCE
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -43,24 +46,33 @@ format: $(VENV)/installed  ## Repair style and format where a tool can
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
+# A peer that cannot be had is an empty cell in the tables, not an error.
+bench: $(VENV)/installed  ## Time products, and compare with other libraries
+	-$(MAKE) --no-print-directory --keep-going $(PEERS)
+	$(RUN) docs_src/benchmarks/products.py --peers build/peers $(ARGS)
+
 # The package (editable) and its tools, anew when pyproject.toml changes. PyTorch is there already,
 # and the constraint keeps pip from replacing it.
 $(VENV)/installed: $(VENV)/torch.txt pyproject.toml
 	$(PIP) install --constraint $(VENV)/torch.txt --editable ".[dev]"
 	@touch $@
 
+# The newest release of a peer, with the same PyTorch.
+$(PEERS): build/peers/%: build/peers/%/torch.txt
+	$@/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --constraint $< $*
+
 # PyTorch comes first, alone, so that TORCH may name an index that has nothing else. The recipe
 # always runs, but touches its file only when the interpreter, TORCH or the checkout's place have
 # changed. TORCH is not quoted: it is several arguments.
-$(VENV)/torch.txt: FORCE
+$(VENV)/torch.txt $(PEERS:=/torch.txt): FORCE
 	@wanted="$$("$$PYTHON" --version) | $$TORCH | $$PWD"; \
-	if [ -f $@ ] && [ "$$(cat $(VENV)/made-for 2>/dev/null)" = "$$wanted" ]; then exit 0; fi; \
+	if [ -f $@ ] && [ "$$(cat $(@D)/made-for 2>/dev/null)" = "$$wanted" ]; then exit 0; fi; \
 	set -ef; \
 	"$$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "curvlinops needs Python 3.10 or newer: make PYTHON=python3.x")'; \
-	echo "Making $(VENV) with $$TORCH (once; this takes a minute or more)"; \
-	"$$PYTHON" -m venv --clear $(VENV); \
-	$(PIP) install $$TORCH; \
-	printf '%s\n' "$$wanted" > $(VENV)/made-for; \
-	$(RUN) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
+	echo "Making $(@D) with $$TORCH (once; this takes a minute or more)"; \
+	"$$PYTHON" -m venv --clear $(@D); \
+	$(@D)/bin/python -m pip --disable-pip-version-check install $$TORCH; \
+	printf '%s\n' "$$wanted" > $(@D)/made-for; \
+	$(@D)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $@
 
 FORCE:

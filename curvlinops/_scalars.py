@@ -1,7 +1,8 @@
-"""Scalar factors: Python and NumPy numbers, and 0-d tensors."""
+"""Scalar factors: Python and NumPy numbers, and 0-d tensors; integer arguments."""
 
 from __future__ import annotations
 
+import operator
 from numbers import Number
 from typing import Any
 
@@ -19,6 +20,21 @@ def as_scalar(value: Any) -> Scalar | None:
     if isinstance(value, Number):  # of NumPy, or a fraction
         return value.item() if hasattr(value, "item") else float(value)  # type: ignore[arg-type]
     return None
+
+
+def as_integer(name: str, value: Any, least: int) -> int:
+    """Return an argument as an integer.
+
+    Raises:
+        ValueError: If it is none, or less than ``least``.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = least - 1
+    if number < least:
+        raise ValueError(f"{name} must be an integer, at least {least}, got {value!r}.")
+    return number
 
 
 def conj(value: Scalar) -> Scalar:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvlinops._formats import Columns
+from curvlinops._scalars import as_integer
 from curvlinops._torch_base import PyTorchLinearOperator
 from curvlinops.kept_graphs import KeptGraph, KeptGraphs
 from curvlinops.linearization import Differentiator
@@ -97,7 +97,7 @@ class RiskLinearOperator(CurvatureLinearOperator):
         """Build the risk; no product is computed yet."""
         loss, _ = loss_entry(loss_func)  # refuses None, with which a risk can do without a loss
         self._check_loss(loss)
-        check_chunk_size(chunk_size)
+        chunk_size = None if chunk_size is None else as_integer("chunk_size", chunk_size, 1)
         self._risk = EmpiricalRisk(
             model_func,
             loss_func,
@@ -162,6 +162,22 @@ class RiskLinearOperator(CurvatureLinearOperator):
         """The parameters without requires_grad: plain autograd would record a second graph."""
         return {name: p.detach() for name, p in self._risk.params.items()}
 
+    def _terms(self, batch: Batch, theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return predictions of loss terms ``[m, C]``, and raw ones."""
+        f = self._risk.predict(theta, batch.X, any_derivative=True)
+        return self._loss.terms(f, batch.y)[0], f
+
+    def _loss_hessian(self, F: Tensor, targets: Any, n: int) -> Callable[[Tensor], Tensor]:
+        """Return the multiplication of ``[m, C]`` by the Hessian of a batch's loss."""
+        loss = self._loss
+        if loss.closed_form:
+            return lambda V: loss.hess_vec(F, targets, V)
+        return self._differentiator.hessian_of(lambda f: loss.value(f, targets, n), F)
+
+    def _normalizer(self, batch: Batch, f: Tensor) -> Tensor | float:
+        """Return a batch's normalizer of the loss, given raw predictions."""
+        return self._loss.normalizer(*self._loss.terms(f, batch.y), batch.n)
+
     def _matmat(self, X: Columns) -> Columns:
         recording = torch.is_grad_enabled()
         # Counting through the terms of all ranks takes communication.
@@ -214,9 +230,3 @@ class RiskLinearOperator(CurvatureLinearOperator):
         Raises ``NotImplementedError`` where an operation of the model has no second derivative.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement _keep_batch.")
-
-
-def check_chunk_size(chunk_size: int | None) -> None:
-    """Raise if it is not a positive integer."""
-    if chunk_size is not None and operator.index(chunk_size) < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}.")

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from curvlinops._random import RandomSource
-from curvlinops.gramian import GramianLinearOperator, Multiply, generic_hess_vec
+from curvlinops._scalars import as_integer
+from curvlinops.gramian import GramianLinearOperator, Multiply
 from curvlinops.risk import Loss
 from curvlinops.risk.model import ModelFunction
 
@@ -65,9 +66,7 @@ class GGNLinearOperator(GramianLinearOperator):
         chunk_size: int | None = None,
         keep_graph: bool = False,
     ):
-        if not isinstance(mc_samples, int) or mc_samples < 0:
-            raise ValueError(f"mc_samples must be a non-negative integer, got {mc_samples!r}.")
-        self._mc_samples = mc_samples
+        self._mc_samples = as_integer("mc_samples", mc_samples, 0)
         self._random = RandomSource(seed)
         super().__init__(
             model_func,
@@ -98,6 +97,4 @@ class GGNLinearOperator(GramianLinearOperator):
             uniforms = self._random.uniforms("samples", first_term, m, S * draws)
             uniforms = uniforms.reshape(m, S, draws)
             return lambda V: loss.sampled_hess_vec(F, targets, uniforms, V)
-        if loss.closed_form:
-            return lambda V: loss.hess_vec(F, targets, V)
-        return generic_hess_vec(lambda f: loss.value(f, targets, n), F)
+        return self._loss_hessian(F, targets, n)

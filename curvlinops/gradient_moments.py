@@ -120,7 +120,7 @@ class PerExampleGradientLinearOperator(RowsLinearOperator):
     def scale(self) -> float:
         """The factor c between the sum of the loss terms and the loss."""
         if self._scale is None:
-            self._scale = float(self._look())
+            self._scale = 1.0 if self._risk.reduction == "sum" else float(self._look())
         return self._scale
 
     def _known_rows(self) -> list[Size] | None:

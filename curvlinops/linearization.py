@@ -13,20 +13,26 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from curvlinops._formats import Columns
+from curvlinops.autodiff import (
+    Differentiable,
+    Theta,
+    gradient_of,
+    hessian_of,
+    linearize,
+    linearize_many,
+    push_many,
+    push_only,
+    vjp,
+    vmap,
+)
 from curvlinops.risk import EmpiricalRisk
 
-Theta = dict[str, Tensor]
 Result = TypeVar("Result")
 
-#: Maps parameters to something to differentiate, and an auxiliary tensor.
-Function = Callable[[Theta], tuple[Any, Tensor]]
-#: Maps a prediction [m, C] and the auxiliary tensor to a symmetric linear map of such predictions.
+#: Maps a prediction and the auxiliary tensor to a linear map of such predictions.
 Middle = Callable[[Tensor, Tensor], Callable[[Tensor], Tensor]]
-
-# The types of torch do not tell two results from the three with has_aux=True.
-jvp: Any = torch.func.jvp
-func_vjp: Any = torch.func.vjp
-vmap: Any = torch.vmap
+#: Maps a prediction and the auxiliary tensor to a tensor of the prediction's shape.
+Gradient = Callable[[Tensor, Tensor], Tensor]
 
 #: Numbers of one layer's output, for all columns that are multiplied at once, by default.
 _ENTRIES = 2**26
@@ -35,12 +41,11 @@ _ENTRIES = 2**26
 class Differentiator:
     """Differentiates a risk's model, and remembers what is missing for it.
 
-    There are four ways to a derivative, and models that some of them fail for:
+    There are models for which some ways to a derivative fail:
 
-    - forward mode, for which operations of PyTorch may have no formula, or a wrong one;
-    - differentiating a reverse-mode derivative once more, likewise;
-    - ``torch.func``, which cannot transform old-style ``torch.autograd.Function`` and checkpoints:
-      then plain autograd replaces it, in reverse mode;
+    - forward mode: operations of PyTorch may have no formula, or a wrong one;
+    - differentiating a reverse-mode derivative once more: likewise;
+    - forward mode of plain autograd, for models that use it themselves: ``torch.func`` nests;
     - several columns at once by ``torch.vmap``: else, one after the other.
 
     Args:
@@ -52,12 +57,14 @@ class Differentiator:
     def __init__(self, risk: EmpiricalRisk, chunk_size: int | None = None) -> None:
         self._risk = risk
         self._chunk_size = chunk_size
-        self._forward = self._twice = self._functional = self._batched = True
+        self._forward = self._twice = self._batched = True
+        self._tangents = True  # whether J v can be differentiated
+        self._nested = False
         self._reasons: list[str] = []
 
     # ---- what operators ask for ----------------------------------------------------------------
     def gramian(
-        self, function: Function, theta: Theta, X: Columns, middle: Middle, recording: bool
+        self, function: Differentiable, theta: Theta, X: Columns, middle: Middle, recording: bool
     ) -> tuple[Columns, Tensor, Tensor]:
         """Multiply ``Jᵀ M J`` onto K columns.
 
@@ -77,24 +84,38 @@ class Differentiator:
         """
         return self._attempt(partial(self._gramian, function, theta, X, middle, recording))
 
-    def second(
-        self, gradient: Function, theta: Theta, X: Columns, recording: bool
+    def hessian(
+        self,
+        function: Differentiable,
+        theta: Theta,
+        X: Columns,
+        gradient: Gradient,
+        middle: Middle,
+        recording: bool,
     ) -> tuple[Columns, Tensor]:
-        """Multiply the (symmetric) derivative of a gradient onto K columns.
+        """Multiply the Hessian of ``ℓ(F)`` onto K columns.
+
+        In reverse mode, it is the derivative of the gradient ``Jᵀ ∇ℓ``. As it needs no gradient of
+        weights, ``Jᵀ ∇²ℓ J v + ∂(J v)ᵀ ∇ℓ`` is cheaper: the forward mode's J v is differentiated.
+        This takes one column, and memory where forward mode takes many steps.
 
         Args:
-            gradient: Returns the gradient.
+            function: Returns the prediction F, ``[m, C]``.
             theta: The parameters.
             X: Tensors ``[*N_i, K]``.
+            gradient: Returns ``∇ℓ``, which depends on F where gradients are enabled.
+            middle: Returns the multiplication by ``∇²ℓ``.
             recording: Whether the result shall be differentiable with respect to ``X``.
 
         Returns:
             Tensors ``[*N_i, K]``, and the auxiliary tensor.
         """
-        return self._attempt(partial(self._second, gradient, theta, X, recording))
+        return self._attempt(
+            partial(self._hessian, function, theta, X, gradient, middle, recording)
+        )
 
     def jacobian(
-        self, function: Function, theta: Theta, X: Columns, middle: Middle, recording: bool
+        self, function: Differentiable, theta: Theta, X: Columns, middle: Middle, recording: bool
     ) -> Tensor:
         """Multiply ``R J`` onto K columns.
 
@@ -111,224 +132,249 @@ class Differentiator:
         return self._attempt(partial(self._jacobian, function, theta, X, middle, recording))
 
     def pullback(
-        self, function: Function, theta: Theta
+        self, function: Differentiable, theta: Theta
     ) -> tuple[Tensor, Callable[[Tensor], Columns], Tensor]:
         """Return F, the multiplication by Jᵀ, and the auxiliary tensor."""
-
-        def compute() -> Any:
-            return self.vjp(function, theta)
-
-        F, pull, aux = self._attempt(compute)
-        return F.detach(), lambda u: list(pull(u)[0].values()), aux.detach()
+        F, pull, aux = vjp(function, theta, self._func)
+        return F.detach(), lambda u: list(pull(u).values()), aux.detach()
 
     def kept_gramian(
-        self, function: Function, theta: Theta
-    ) -> tuple[Tensor, Tensor, Callable[[Theta], Tensor], Callable[[Tensor], Columns]]:
-        """Return F, the auxiliary, and products with J and Jᵀ that can be repeated for ever."""
+        self, function: Differentiable, theta: Theta, middle: Middle
+    ) -> tuple[Callable[[Theta], Columns], Tensor, Tensor]:
+        """Return the multiplication by ``Jᵀ M J``, which needs no forward pass; F; the auxiliary.
+
+        Raises:
+            NotImplementedError: If the model cannot be differentiated twice in reverse mode.
+        """
 
         def compute() -> Any:
-            F, pull, push, aux = self._double_reverse(function, theta)
-            with torch.no_grad():  # what is missing shows in a product only
-                push({name: torch.zeros_like(p) for name, p in theta.items()})
-            products = lambda v: push(v)[0], lambda u: list(pull(u)[0].values())
-            return F.detach(), aux.detach(), *products
+            F, pull, push, aux = self._double_reverse(function, theta, only=True)
+            multiply = middle(F, aux)
+            self._probe(push, theta)
+            return lambda v: list(pull(multiply(push(v))).values()), F, aux
 
         return self._attempt(compute)
 
-    def kept_second(
-        self, gradient: Function, theta: Theta
+    def kept_hessian(
+        self, function: Differentiable, theta: Theta, gradient: Gradient
     ) -> tuple[Callable[[Theta], Columns], Tensor]:
-        """Return products with the derivative of a gradient, and the auxiliary tensor."""
+        """Return the multiplication by the Hessian of ``ℓ(F)``, and the auxiliary tensor.
+
+        Raises:
+            NotImplementedError: If the model cannot be differentiated twice in reverse mode.
+        """
 
         def compute() -> Any:
-            _, multiply, aux = self._differentiate(gradient, theta)
-            with torch.no_grad():
-                multiply({name: torch.zeros_like(p) for name, p in theta.items()})
-            return lambda v: list(multiply(v)[0].values()), aux.detach()
+            multiply, aux = self._double(function, theta, gradient)
+            self._probe(multiply, theta)
+            return lambda v: list(multiply(v).values()), aux
 
         return self._attempt(compute)
-
-    def vjp(self, function: Function, primals: Any) -> Any:
-        """Return ``function``'s output, the map from cotangents, and the auxiliary tensor."""
-        transform = func_vjp if self._functional else _autograd_vjp
-        return transform(function, primals, has_aux=True)
 
     @property
     def keeping_pays(self) -> bool:
         """Whether products with J are cheaper with a kept graph than with a new forward pass."""
         return not self._risk.likely_traits.convolution
 
+    def gradient_of(self, value: Callable[[Tensor], Tensor], F: Tensor) -> Tensor:
+        """Return the gradient of a scalar function; it depends on F where gradients are enabled."""
+        return gradient_of(value, F, self._func)
+
+    def hessian_of(
+        self, value: Callable[[Tensor], Tensor], F: Tensor
+    ) -> Callable[[Tensor], Tensor]:
+        """Return the multiplication by the Hessian of a scalar function at F."""
+        return hessian_of(value, F, self._func)
+
     # ---- strategies ------------------------------------------------------------------------------
     def _gramian(
-        self, function: Function, theta: Theta, X: Columns, middle: Middle, recording: bool
+        self, function: Differentiable, theta: Theta, X: Columns, middle: Middle, recording: bool
     ) -> tuple[Columns, Tensor, Tensor]:
-        one = X[0].shape[-1] == 1
-        names = list(theta)
-        if self._forward_mode and not one and not (self._double and self.keeping_pays):
+        names, K = list(theta), X[0].shape[-1]
+        if K > 1 and self._forward_mode and not (self._double_ok and self.keeping_pays):
             return self._gramian_forward(function, theta, X, middle, recording)
         products: list[Columns] = []
-        first, done = _column(names, X, 0), 0
         if self._forward_mode:
-
-            def push_first(theta: Theta) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-                F, JV, aux = jvp(function, (theta,), (first,), has_aux=True)
-                return F, (JV, aux)
-
-            F, pull, (JV, aux) = func_vjp(push_first, theta, has_aux=True)
+            F, JV, pull, aux = linearize(function, theta, _column(names, X, 0), self._func)
             self._check_forward_mode()
-            F = F.detach()
-            multiply = _graded(middle(F, aux), recording)
-            U, done = multiply(JV), 1
-            if one:
-                with torch.set_grad_enabled(recording):
-                    (product,) = pull(U, retain_graph=recording)
-                return _stack([product]), F, aux
+            F, JV, aux = F.detach(), JV if recording else JV.detach(), aux.detach()
+            with torch.set_grad_enabled(recording):
+                multiply = middle(F, aux)
+                U = multiply(JV)
+                del JV
+                if K == 1:
+                    return _stack([pull(U, retain_graph=recording)]), F, aux
             self._check_double()
-            product, push = func_vjp(lambda u: pull(u)[0], U)
+            product, push, _ = vjp(lambda u: (pull(u), u), U, self._func)
             products = [_stack([product])]
         else:
             F, pull, push, aux = self._double_reverse(function, theta)
-            F = F.detach()
-            multiply = _graded(middle(F, aux), recording)
+            with torch.set_grad_enabled(recording):
+                multiply = middle(F, aux)
 
         def gram(v: Theta) -> Columns:
-            return list(pull(multiply(push(v)[0]))[0].values())
+            return list(pull(multiply(push(v))).values())
 
         with torch.set_grad_enabled(recording):
-            rest = {n: x[..., done:] for n, x in zip(names, X, strict=True)}
+            rest = {n: x[..., len(products) :] for n, x in zip(names, X, strict=True)}
             products.append(self.each(gram, rest))
         return _concatenate(products), F, aux
 
     def _gramian_forward(
-        self, function: Function, theta: Theta, X: Columns, middle: Middle, recording: bool
+        self, function: Differentiable, theta: Theta, X: Columns, middle: Middle, recording: bool
     ) -> tuple[Columns, Tensor, Tensor]:
         """Let chunks of columns go through the forward pass together."""
-        K, names = X[0].shape[-1], list(theta)
-        chunk = self._chunk(K)
-        products = []
-        for start in range(0, K, chunk):
-            V = {n: x[..., start : start + chunk] for n, x in zip(names, X, strict=True)}
-            try:
-                product, F, aux = self._one_pass(function, theta, V, middle, recording)
-            except RuntimeError:
-                if chunk == 1:
-                    raise
-                self._batched = False
-                return self._gramian_forward(function, theta, X, middle, recording)
-            products.append(product)
-        return _concatenate(products), F, aux
-
-    def _one_pass(
-        self, function: Function, theta: Theta, V: Theta, middle: Middle, recording: bool
-    ) -> tuple[Columns, Tensor, Tensor]:
-        """Multiply onto all columns in one forward pass, with J's products in forward mode."""
         names = list(theta)
-        columns = list(V.values())
-        if columns[0].shape[-1] == 1:
-            return self._gramian(function, theta, columns, middle, recording)
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
 
-        def push(theta: Theta) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-            def one(v: Theta) -> Any:
-                return jvp(function, (theta,), (v,), has_aux=True)
-
-            F, JV, aux = vmap(one, in_dims=-1, out_dims=(None, 0, None))(V)
-            return F, (JV, aux)
-
-        with _quiet():
-            F, pull, (JV, aux) = func_vjp(push, theta, has_aux=True)
+        def gram(V: Theta) -> Columns:
+            F, JV, pull, aux = linearize_many(function, theta, V)
             self._check_forward_mode()
-            F = F.detach()
-            multiply = _graded(middle(F, aux), recording)
+            seen["last"] = F, aux = F.detach(), aux.detach()
             with torch.set_grad_enabled(recording):
-                U = vmap(multiply)(JV)
+                U = vmap(middle(F, aux))(JV)
                 del JV
-                product = vmap(lambda u: pull(u)[0])(U)
-        return [product[name].movedim(0, -1) for name in names], F, aux
+                products = pull(U)
+            return [products[name].movedim(0, -1) for name in names]
 
-    def _second(
-        self, gradient: Function, theta: Theta, X: Columns, recording: bool
+        def gram_one(v: Theta) -> Columns:
+            column = [x.unsqueeze(-1) for x in v.values()]
+            product, F, aux = self._gramian(function, theta, column, middle, recording)
+            seen["last"] = F, aux
+            return [y.squeeze(-1) for y in product]
+
+        products = self._in_chunks(gram, gram_one, dict(zip(names, X, strict=True)))
+        F, aux = seen["last"]
+        return products, F, aux
+
+    def _hessian(
+        self,
+        function: Differentiable,
+        theta: Theta,
+        X: Columns,
+        gradient: Gradient,
+        middle: Middle,
+        recording: bool,
     ) -> tuple[Columns, Tensor]:
         names, K = list(theta), X[0].shape[-1]
-        # differentiating a convolution twice in reverse mode costs more than it should
-        prefer_forward = K == 1 and self._risk.likely_traits.convolution
-        if self._forward_mode and (prefer_forward or not self._double):
-            products = []
-            for k in range(K):
-                with torch.set_grad_enabled(recording):
-                    v = (_column(names, X, k),)
-                    _, product, aux = jvp(gradient, (theta,), v, has_aux=True)
-                self._check_forward_mode()
-                products.append(_stack([product]))
-            self._check_once_differentiable()
-            return _concatenate(products), aux
-        _, multiply, aux = self._differentiate(gradient, theta)
+        traits = self._risk.likely_traits
+        worth_it = K == 1 and (traits.convolution or not traits.composite)
+        if worth_it and self._tangents and self._forward_mode and not (self._func or recording):
+            try:
+                return self._hessian_forward(
+                    function, theta, _column(names, X, 0), gradient, middle
+                )
+            except RuntimeError as error:  # some formulas of forward mode cannot be differentiated
+                if not any(text in str(error) for text in _NO_TANGENTS):
+                    raise
+                self._tangents = False
+        multiply, aux = self._double(function, theta, gradient)
         with torch.set_grad_enabled(recording):
             if K == 1:
-                (product,) = multiply(_column(names, X, 0), retain_graph=recording)
-                return _stack([product]), aux
+                return _stack([multiply(_column(names, X, 0), retain_graph=recording)]), aux
             V = dict(zip(names, X, strict=True))
-            return self.each(lambda v: list(multiply(v)[0].values()), V), aux
+            return self.each(lambda v: list(multiply(v).values()), V), aux
+
+    def _hessian_forward(
+        self, function: Differentiable, theta: Theta, v: Theta, gradient: Gradient, middle: Middle
+    ) -> tuple[Columns, Tensor]:
+        """Differentiate J v in reverse mode."""
+        F, JV, pull, aux = linearize(function, theta, v)
+        self._check_forward_mode()
+        self._check_once_differentiable()
+        with torch.no_grad():
+            detached, aux = F.detach(), aux.detach()
+            cotangents = middle(detached, aux)(JV.detach()), gradient(detached, aux)
+            return _stack([pull(cotangents, retain_graph=False)]), aux
 
     def _jacobian(
-        self, function: Function, theta: Theta, X: Columns, middle: Middle, recording: bool
+        self, function: Differentiable, theta: Theta, X: Columns, middle: Middle, recording: bool
     ) -> Tensor:
         names, K = list(theta), X[0].shape[-1]
+        V = dict(zip(names, X, strict=True))
         with torch.set_grad_enabled(recording):
-            if self._forward_mode and (K == 1 or not (self._double and self.keeping_pays)):
-                columns = []
-                for k in range(K):
-                    v = (_column(names, X, k),)
-                    F, JV, aux = jvp(function, (theta,), v, has_aux=True)
-                    self._check_forward_mode()
-                    columns.append(middle(F.detach(), aux.detach())(JV))
-                return torch.stack(columns, dim=-1)
-            F, _, push, aux = self._double_reverse(function, theta)
-            multiply = middle(F.detach(), aux.detach())
-            V = dict(zip(names, X, strict=True))
-            return self.each(lambda v: [multiply(push(v)[0])], V)[0]
+            if self._forward_mode and (K == 1 or not (self._double_ok and self.keeping_pays)):
 
-    def _double_reverse(self, function: Function, theta: Theta) -> Any:
-        """Return F, u -> Jᵀ u, its transpose v -> J v, and the auxiliary tensor."""
+                def push(V: Theta) -> Columns:
+                    F, JV, aux = push_many(function, theta, V)
+                    self._check_forward_mode()
+                    return [vmap(middle(F.detach(), aux.detach()))(JV).movedim(0, -1)]
+
+                def push_one(v: Theta) -> Columns:
+                    F, JV, aux = push_only(function, theta, v, self._func)
+                    self._check_forward_mode()
+                    return [middle(F.detach(), aux.detach())(JV)]
+
+                return self._in_chunks(push, push_one, V)[0]
+            F, _, push_again, aux = self._double_reverse(function, theta)
+            multiply = middle(F, aux)
+            return self.each(lambda v: [multiply(push_again(v))], V)[0]
+
+    def _double_reverse(self, function: Differentiable, theta: Theta, only: bool = False) -> Any:
+        """Return F, u -> Jᵀ u, its transpose v -> J v, and the auxiliary tensor.
+
+        ``only`` says that there is no other way to what is asked for.
+        """
         self._check_twice()
-        F, pull, aux = self.vjp(function, theta)
-        if self._forward_mode:
+        F, pull, aux = vjp(function, theta, self._func)
+        if self._forward_mode and not only:
             self._check_double()
         self._check_once_differentiable()
-        _, push, _ = self.vjp(lambda u: (pull(u)[0], aux), torch.zeros_like(F))
+        F, aux = F.detach(), aux.detach()
+        _, push, _ = vjp(lambda u: (pull(u), u), torch.zeros_like(F), self._func)
         return F, pull, push, aux
 
-    def _differentiate(self, gradient: Function, theta: Theta) -> Any:
-        """Differentiate a gradient in reverse mode."""
+    def _double(self, function: Differentiable, theta: Theta, gradient: Gradient) -> Any:
+        """Differentiate ``Jᵀ ∇ℓ`` in reverse mode; return the product, and the auxiliary tensor."""
         self._check_twice()
-        result = self.vjp(gradient, theta)
+
+        def evaluate(theta: Theta) -> tuple[Theta, Tensor]:
+            F, pull, aux = vjp(function, theta, self._func)
+            return pull(gradient(F, aux)), aux
+
+        _, multiply, aux = vjp(evaluate, theta, self._func)
         self._check_once_differentiable()
-        return result
+        return multiply, aux.detach()
+
+    def _probe(self, multiply: Callable[[Theta], Any], theta: Theta) -> None:
+        """Multiply onto zero: what is missing shows in a product only."""
+        with torch.no_grad():
+            multiply({name: torch.zeros_like(p) for name, p in theta.items()})
 
     # ---- several columns ---------------------------------------------------------------------
     def each(self, multiply: Callable[[Any], Columns], V: Any) -> Columns:
         """Multiply onto tensors ``[..., K]``, in chunks of columns; return tensors ``[..., K]``."""
+
+        def multiply_many(V: Any) -> Columns:
+            return [y.movedim(0, -1) for y in vmap(multiply, in_dims=-1)(V)]
+
+        return self._in_chunks(multiply_many, multiply, V)
+
+    def _in_chunks(
+        self, many: Callable[[Any], Columns], one: Callable[[Any], Columns], V: Any
+    ) -> Columns:
+        """Multiply chunks of columns by ``many``; single columns, without their axis, by ``one``."""
         leaves, structure = tree_flatten(V)
         K = leaves[0].shape[-1]
         chunk = self._chunk(K)
         products: list[Columns] = []
         for start in range(0, K, chunk):
-            part = tree_unflatten([x[..., start : start + chunk] for x in leaves], structure)
-            if chunk > 1:
-                try:
-                    with _quiet():
-                        product = vmap(multiply, in_dims=-1)(part)
-                    products.append([y.movedim(0, -1) for y in product])
-                    continue
-                except RuntimeError:  # maybe an operation that has no rule for vmap
-                    self._batched = False
-                    return self.each(multiply, V)
-            column = tree_unflatten([x[..., start] for x in leaves], structure)
-            products.append([y.to_dense().unsqueeze(-1) for y in multiply(column)])
+            part = [x[..., start : start + chunk] for x in leaves]
+            if part[0].shape[-1] == 1:
+                product = one(tree_unflatten([x[..., 0] for x in part], structure))
+                products.append([y.to_dense().unsqueeze(-1) for y in product])
+                continue
+            try:
+                with _quiet():
+                    products.append(many(tree_unflatten(part, structure)))
+            except RuntimeError:  # maybe an operation that has no rule for vmap
+                with self._unbatched():
+                    return self._in_chunks(many, one, V)
         return _concatenate(products)
 
     def _chunk(self, K: int) -> int:
         """Return how many of K columns are multiplied at once."""
-        if torch.compiler.is_compiling() or not (self._batched and self._functional):
+        if torch.compiler.is_compiling() or not self._batched:
             return 1
         if self._chunk_size is not None:
             return min(self._chunk_size, K)
@@ -336,20 +382,35 @@ class Differentiator:
         entries = max(entries, self._risk.likely_traits.entries)
         return max(1, min(K, _ENTRIES // entries))
 
+    @contextmanager
+    def _unbatched(self) -> Iterator[None]:
+        """Multiply one column after the other, from now on if this succeeds."""
+        self._batched = False
+        try:
+            yield
+        except BaseException:
+            self._batched = True  # this was not the reason
+            raise
+
     # ---- what is missing -------------------------------------------------------------------------
     @property
     def _forward_mode(self) -> bool:
         """Whether forward mode can be used, as far as is known."""
-        return self._forward and self._functional and self._risk.forward_mode_ok
+        return self._forward and self._risk.forward_mode_ok
 
     @property
-    def _double(self) -> bool:
+    def _func(self) -> bool:
+        """Whether ``torch.func`` is used, instead of autograd."""
+        return self._nested or torch.compiler.is_compiling()
+
+    @property
+    def _double_ok(self) -> bool:
         """Whether reverse-mode derivatives can be differentiated, as far as is known."""
         return self._twice and not self._risk.likely_traits.once_differentiable
 
     def _check_double(self) -> None:
         """Start anew if the first look at the model has shown that second derivatives are wrong."""
-        if not self._double:
+        if not self._double_ok:
             raise _StartAnew
 
     def _check_forward_mode(self) -> None:
@@ -393,9 +454,10 @@ class Differentiator:
         """Remember what an error says is missing; return whether this was news."""
         if "neither in forward mode" in message or "@once_differentiable" in message:
             return False
-        if self._functional and any(text in message for text in _NO_FUNC):
-            self._functional = False
-        elif self._forward_mode and any(text in message for text in _NO_FORWARD):
+        if not self._nested and "Nested forward mode" in message:
+            self._nested = True
+            return True
+        if self._forward_mode and any(text in message for text in _NO_FORWARD):
             self._forward = False
         elif self._twice and any(text in message for text in _NO_DOUBLE):
             self._twice = False
@@ -406,48 +468,16 @@ class Differentiator:
 
 
 # How PyTorch words its errors.
-_NO_FUNC = ("functorch transforms", "yet support saved tensor hooks", "torch.func")
-_NO_FORWARD = ("forward AD", "forward mode AD", "forward-mode AD", "implement the jvp")
+_NO_FORWARD = (
+    *("forward AD", "forward mode AD", "forward-mode AD", "implement the jvp"),
+    "torch.utils.checkpoint: A different",  # it does not recompute tangents
+)
+_NO_TANGENTS = ("modified by an inplace operation", "derivative for")
 _NO_DOUBLE = ("derivative for", "differentiate twice")
 
 
 class _StartAnew(Exception):  # noqa: N818
     """Something was found out that asks for another strategy."""
-
-
-def _autograd_vjp(function: Function, primals: Any, has_aux: bool) -> Any:
-    """Do what ``torch.func.vjp`` does, by plain autograd."""
-    leaves, structure = tree_flatten(primals)
-    leaves = [x if x.requires_grad else x.detach().requires_grad_() for x in leaves]
-    with torch.enable_grad():
-        output, aux = function(tree_unflatten(leaves, structure))
-    outputs, _ = tree_flatten(output)
-
-    def pull(cotangents: Any, retain_graph: bool = True) -> Any:
-        pairs = zip(outputs, tree_flatten(cotangents)[0], strict=True)
-        kept = [(y, u) for y, u in pairs if y.requires_grad]
-        gradients = torch.autograd.grad(
-            [y for y, _ in kept],
-            leaves,
-            [u for _, u in kept],
-            retain_graph=retain_graph,
-            create_graph=torch.is_grad_enabled(),
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return (tree_unflatten(list(gradients), structure),)
-
-    return output, pull, aux
-
-
-def _graded(multiply: Callable[[Tensor], Tensor], recording: bool) -> Callable[[Tensor], Tensor]:
-    """Let a linear map record a graph only if wanted."""
-
-    def graded(V: Tensor) -> Tensor:
-        with torch.set_grad_enabled(recording):
-            return multiply(V)
-
-    return graded
 
 
 @contextmanager

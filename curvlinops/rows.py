@@ -11,9 +11,11 @@ import torch
 from torch import Size, Tensor
 
 from curvlinops._formats import Columns, numel
+from curvlinops._scalars import as_integer
 from curvlinops._torch_base import PyTorchLinearOperator
-from curvlinops.curvature import CurvatureLinearOperator, check_chunk_size
-from curvlinops.linearization import Differentiator, Theta
+from curvlinops.autodiff import Theta
+from curvlinops.curvature import CurvatureLinearOperator
+from curvlinops.linearization import Differentiator
 from curvlinops.risk import Batch, EmpiricalRisk
 from curvlinops.risk.model import ModelFunction
 
@@ -45,7 +47,7 @@ class RowsLinearOperator(CurvatureLinearOperator):
         batch_size_fn: Callable[[Any], int] | None,
         chunk_size: int | None,
     ) -> None:
-        check_chunk_size(chunk_size)
+        chunk_size = None if chunk_size is None else as_integer("chunk_size", chunk_size, 1)
         self._risk = EmpiricalRisk(
             model_func,
             loss_func,
@@ -133,7 +135,6 @@ class RowsLinearOperator(CurvatureLinearOperator):
     # ---- products ----------------------------------------------------------------------------
     def _matmat(self, X: Columns) -> Columns:
         recording = torch.is_grad_enabled()
-        theta = self._theta()
         parts: list[Tensor] = []
 
         def multiply(batch: Batch) -> float:
@@ -141,27 +142,30 @@ class RowsLinearOperator(CurvatureLinearOperator):
                 return self._row_maps(batch, F, f)[0]
 
             function = partial(self._function, batch, True)
-            part = self._differentiator.jacobian(function, theta, X, middle, recording)
+            part = self._differentiator.jacobian(function, self._theta, X, middle, recording)
             parts.append(part if recording else part.detach())
             return 1.0
 
         self._risk.for_each_batch(multiply, f"{self._formula()} product")
         self._row_shapes = [part.shape[:-1] for part in parts]
         shape = _concatenated(self._row_shapes)
-        return [torch.cat([part.reshape(-1, *shape[1:], part.shape[-1]) for part in parts])]
+        if len(shape) == 1:  # the other axes may differ
+            parts = [part.reshape(part.shape[:-1].numel(), -1) for part in parts]
+        return [torch.cat(parts)]
 
     def _adjoint_matmat(self, X: Columns) -> Columns:
         (U,) = X
         recording = torch.is_grad_enabled()
-        theta = self._theta()
         start = 0
 
         def multiply(batch: Batch) -> tuple[Columns, float]:
             nonlocal start
             function = partial(self._function, batch, False)
-            F, pull, f = self._differentiator.pullback(function, theta)
+            F, pull, f = self._differentiator.pullback(function, self._theta)
             shape = self._rows_of(batch, f)
-            stop = start + prod(shape) // prod(U.shape[1:-1])
+            stop = start + (shape[0] if U.ndim > 2 else prod(shape))
+            if stop > U.shape[0]:
+                raise ValueError(_CHANGED)
             with torch.set_grad_enabled(recording):
                 part = U[start:stop].reshape(*shape, U.shape[-1])
                 adjoint = self._row_maps(batch, F, f)[1]
@@ -169,15 +173,19 @@ class RowsLinearOperator(CurvatureLinearOperator):
                 return self._differentiator.each(lambda u: pull(adjoint(u)), part), 1.0
 
         name = f"{self._formula()}.T product"
-        return self._risk.sum_over_data(multiply, name, scaled=False)
+        products = self._risk.sum_over_data(multiply, name, scaled=False)
+        if start != U.shape[0]:
+            raise ValueError(_CHANGED)
+        return products
 
     def _function(self, batch: Batch, any_derivative: bool, theta: Theta) -> tuple[Tensor, Tensor]:
         """Return what is differentiated, and the prediction."""
         f = self._risk.predict(theta, batch.X, any_derivative)
         return self._differentiated(batch, f), f
 
+    @property
     def _theta(self) -> Theta:
-        """The parameters without requires_grad: plain autograd would record a second graph."""
+        """The parameters without requires_grad; to be read where gradients are enabled."""
         return {name: p.detach() for name, p in self._risk.params.items()}
 
 
@@ -209,10 +217,6 @@ class TransposedRowsLinearOperator(CurvatureLinearOperator):
         """The empirical risk that holds model and data."""
         return self._transposed.risk
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse to move, as the adjoint."""
-        return self._transposed.to(*args, **kwargs)
-
     @property
     def _out_names(self) -> list[str] | None:
         return self._transposed._in_names
@@ -225,6 +229,12 @@ class TransposedRowsLinearOperator(CurvatureLinearOperator):
 
     def _adjoint(self) -> PyTorchLinearOperator:
         return self._transposed
+
+
+_CHANGED = (
+    "The number of rows has changed since it was counted: predictions must have the same shapes in "
+    "each pass over the data. Build the operator anew."
+)
 
 
 def _identity(x: Tensor) -> Tensor:

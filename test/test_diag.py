@@ -216,7 +216,9 @@ def test_names_are_saved() -> None:
     assert torch.equal(old.diagonal(), A.diagonal())
 
 
-@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "b"], ["a", "b", 3], "abc", []])
+@pytest.mark.parametrize(
+    "names", [["a", "b"], ["a", "b", "b"], ["a", "b", 3], [*"abca"], "abc", []]
+)
 def test_wrong_names(names: list[str]) -> None:
     """One name for each tensor, all different, and strings."""
     with pytest.raises(ValueError, match="names must be 3 different strings, got"):

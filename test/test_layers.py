@@ -43,6 +43,7 @@ LAYERS = {
     ],
     "L2": ["risk"],
     "L3": [
+        "autodiff",
         "curvature",
         "ggn",
         "gradient_moments",

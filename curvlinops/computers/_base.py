@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from curvlinops._random import RandomSource
+from curvlinops._scalars import as_integer
 from curvlinops.computers.plan import GroupPlan
 from curvlinops.computers.vectors import check_terms, loss_vectors
 from curvlinops.kfac_utils import FisherType, KFACType, ParamGroup
@@ -50,8 +51,7 @@ class KFACComputer:
     ):
         self.fisher_type = FisherType(fisher_type)
         self.kfac_approx = KFACType(kfac_approx)
-        if not isinstance(mc_samples, int) or mc_samples < 1:
-            raise ValueError(f"mc_samples must be a positive integer, got {mc_samples}.")
+        mc_samples = as_integer("mc_samples", mc_samples, 1)
         if mc_samples != 1 and self.fisher_type is not FisherType.MC:
             raise ValueError(
                 f"mc_samples={mc_samples} has no meaning for the Fisher type "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from curvlinops._random import RandomSource
+from curvlinops._scalars import as_integer
 from curvlinops.computers.per_example import (
     Cotangents,
     DependentError,
@@ -61,8 +61,8 @@ class GGNDiagonalComputer:
         *,
         chunk_size: int | None = None,
     ):
-        self.mc_samples = _integer("mc_samples", mc_samples, 0)
-        self._chunk_size = None if chunk_size is None else _integer("chunk_size", chunk_size, 1)
+        self.mc_samples = as_integer("mc_samples", mc_samples, 0)
+        self._chunk_size = None if chunk_size is None else as_integer("chunk_size", chunk_size, 1)
         self._random = RandomSource(seed)
         self.loss: Loss = loss_entry(loss_func)[0]
         if not self.loss.closed_form:
@@ -110,19 +110,17 @@ class GGNDiagonalComputer:
         if key not in self._plans:
             self._plans[key] = self._plan(batch, f, F, watch)
         plan = self._plans[key]
-        while plan.way != TOGETHER:
+        while True:
+            self._settle(plan, batch, f)
+            self._warn(plan)
+            if plan.way == TOGETHER:
+                squares = self._together(plan, batch, first_term)
+                break
             try:
-                if not plan.verified:
-                    self._verify(plan, batch, f)
-                    plan.verified = True
-                self._warn(plan)
                 squares = self._separately(plan, batch, f, F, targets, first_term)
                 break
             except Exception as error:  # whatever a model does with its examples alone
                 plan.give_up(error)
-        else:
-            self._warn(plan)
-            squares = self._together(plan, batch, first_term)
         total = [t / (self.mc_samples or 1) for t in squares.total.values()]
         return total, self.loss.normalizer(F, targets, batch.n)
 
@@ -147,6 +145,15 @@ class GGNDiagonalComputer:
             if plan.width > 1:
                 plan.ways.insert(0, VECTORIZED)
         return plan
+
+    def _settle(self, plan: _Plan, batch: Batch, f: Tensor) -> None:
+        """Give up ways until one works for this batch, unless one was found to work before."""
+        while not plan.verified and plan.way != TOGETHER:
+            try:
+                self._verify(plan, batch, f)
+                plan.verified = True
+            except Exception as error:
+                plan.give_up(error)
 
     def _chunk(self, *sizes: int) -> int:
         """Return how many gradients are held at once, if each comes with tensors of these sizes."""
@@ -360,14 +367,3 @@ def _structure(value: Any) -> Any:
     if isinstance(value, Mapping):
         return tuple((key, _structure(value[key])) for key in value)
     return tuple(map(_structure, value)) if isinstance(value, (list, tuple)) else None
-
-
-def _integer(name: str, value: Any, least: int) -> int:
-    """Return an argument as an integer, or raise."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least:
-        raise ValueError(f"{name} must be an integer, at least {least}, got {value!r}.")
-    return number

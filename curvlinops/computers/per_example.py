@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -110,7 +111,7 @@ class ExampleGradients:
         """Yield gradients ``[1, k, *shape]`` of one example at once; arguments as vectorized."""
         for i in range(batch.n):
             rows = slice(i, i + 1)
-            X = _map_examples(batch.X, batch.n, lambda t, rows=rows: t[rows])
+            X = _map_examples(batch.X, batch.n, itemgetter(rows))
             with _quiet():
                 prediction, leaves = self.graph(X)
             check_same("prediction", prediction.detach().reshape(1, -1), f[rows], tolerance)

@@ -45,6 +45,8 @@ class ModelTraits:
             and once only.
         convolution: Whether a convolution was used. Its second derivative in reverse mode costs
             more than it should.
+        composite: Whether functions were used whose tangents PyTorch computes in many steps: a
+            graph of these steps takes much memory.
         attention: Whether fused attention was used. Its kernels have derivatives in reverse mode
             and once only.
         once_differentiable: Names of custom functions that forbid second derivatives. PyTorch often
@@ -58,6 +60,7 @@ class ModelTraits:
     padding_idx: bool = False
     embedding_bag: bool = False
     convolution: bool = False
+    composite: bool = False
     attention: bool = False
     once_differentiable: list[str] = field(default_factory=list)
     eps: float = 0.0
@@ -246,7 +249,9 @@ class FunctionalModel:
             self.traits = watch.traits
         names = [*watch.traits.once_differentiable, *_once_differentiable_nodes(outputs[0].grad_fn)]
         self.traits.once_differentiable = sorted(set(names))
-        self._differentiated = True
+        # Without a graph, as in forward mode alone, custom functions are not seen.
+        transforming = torch._C._are_functorch_transforms_active()
+        self._differentiated = outputs[0].grad_fn is not None or transforming
 
     @contextmanager
     def _plain_attention(self) -> Iterator[None]:
@@ -324,6 +329,7 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.traits.convolution |= func in _CONVOLUTIONS
+        self.traits.composite |= func in _COMPOSITES
         self.traits.attention |= func is functional.scaled_dot_product_attention or (
             func is functional.multi_head_attention_forward and not kwargs.get("need_weights", True)
         )
@@ -373,6 +379,14 @@ _CONVOLUTIONS = {
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
 }
 
+#: Functions whose tangents take many steps.
+_COMPOSITES = {
+    *(torch.softmax, functional.softmax, Tensor.softmax, functional.gelu),
+    *(functional.layer_norm, functional.group_norm, functional.rms_norm),
+    *(functional.scaled_dot_product_attention, functional.multi_head_attention_forward),
+}
+_COMPOSITE_LAYERS = (nn.Softmax, nn.GELU, nn.LayerNorm, nn.GroupNorm, nn.MultiheadAttention)
+
 
 def _guess_traits(layers: list[nn.Module]) -> ModelTraits:
     """Guess from a module's layers what it will be seen to do."""
@@ -380,6 +394,7 @@ def _guess_traits(layers: list[nn.Module]) -> ModelTraits:
         padding_idx=any(isinstance(x, nn.Embedding) and x.padding_idx is not None for x in layers),
         embedding_bag=any(isinstance(x, nn.EmbeddingBag) for x in layers),
         convolution=any(isinstance(x, nn.modules.conv._ConvNd) for x in layers),
+        composite=any(isinstance(x, _COMPOSITE_LAYERS) for x in layers),
     )
 
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,11 +38,14 @@ PRODUCTS = ["Hessian", "Hessian, kept graph", "GGN", "GGN, kept graph"]
 TOLERANCE, TOLERANCE_PEERS = 1e-4, 2e-2
 
 
-class Missing(str):
-    """Why there is no number: it is shown in its place."""
+@dataclass(frozen=True)
+class Missing:
+    """What is shown in place of a number: why there is none."""
+
+    reason: str
 
     def __format__(self, spec: str) -> str:
-        return f"— ({self})"
+        return f"— ({self.reason})"
 
 
 Cell = float | Missing  # a time, or a ratio of two
@@ -75,7 +79,7 @@ class Library:
         self.info: dict[str, Any] = {"error": "not installed"}
         if not python.exists():
             return
-        # Our own package may be found by a variable, but never by a peer, whose module's name it is.
+        # This may lead to our package, whose name a peer's module has, too.
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         if name != OURS:
             environment.pop("PYTHONPATH", None)
@@ -178,14 +182,14 @@ def geometric_mean(cells: list[Cell]) -> Cell:
 
 def format_table(header: list[str], rows: list[list[str]]) -> str:
     """Align columns: the first to the left, others to the right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(row: list[str]) -> str:
-        first, *others = (cell.ljust(w) for cell, w in zip(row, widths, strict=True))
-        others = [cell.strip().rjust(w) for cell, w in zip(others, widths[1:], strict=True)]
-        return "  ".join([first, *others]).rstrip()
+        first, *others = zip(row, widths, strict=True)
+        cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        return "  ".join(cells).rstrip()
 
-    return "\n".join([line(header), "  ".join("-" * w for w in widths), *map(line, rows)])
+    return "\n".join([line(header), "  ".join("-" * width for width in widths), *map(line, rows)])
 
 
 def tables(versions: dict[str, str], time: Callable[[str, str, str], Cell]) -> str:
@@ -270,6 +274,8 @@ def main() -> None:
         for name, library in libraries.items()
     }
     print(f"PyTorch {torch.__version__}, {options.threads} thread(s), {options.rounds} rounds")
+    if options.quick:
+        print("A trial run on a few examples: its ratios are not those of the models.")
     print(f"\n{tables(versions, best)}\n")
     rows = [
         [name, *(f"{error[p]:.0e}" if p in error else "—" for p in PROBLEMS)]

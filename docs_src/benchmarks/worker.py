@@ -44,7 +44,7 @@ def ours(problem: Problem) -> Products:
 
 
 def curvlinops_for_pytorch(problem: Problem) -> Products:
-    """Use the library from which the names of ours come."""
+    """Use another package whose module has our name."""
     import curvlinops
 
     arguments = (nn.CrossEntropyLoss(), list(problem.model.parameters()), problem.data)
@@ -72,12 +72,7 @@ def hessian_eigenthings(problem: Problem) -> Products:
         forward, loss_of_output = he.supervised_forward, he.supervised_loss_of_output(loss_func)
         return he.GGNOperator(model, data, forward, loss_of_output).matvec
 
-    # releases before 1.0 have no such operators
-    return {
-        name: build
-        for name, cls, build in [("Hessian", "HessianOperator", hessian), ("GGN", "GGNOperator", ggn)]
-        if hasattr(he, cls)
-    }
+    return {"Hessian": hessian, "GGN": ggn}
 
 
 LIBRARIES: dict[str, Callable[[Problem], Products]] = {

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlinops import (
     EFLinearOperator,
@@ -32,6 +33,7 @@ from curvlinops import (
 )
 
 OPERATORS = [HessianLinearOperator, GGNLinearOperator, EFLinearOperator]
+aten = torch.ops.aten
 JACOBIANS = [JacobianLinearOperator, TransposedJacobianLinearOperator]
 ALL = [*OPERATORS, PerExampleGradientLinearOperator, *JACOBIANS]
 Params = dict[str, Tensor]
@@ -577,6 +579,22 @@ class Passes:
 
     def __len__(self) -> int:
         return len(self.batches)
+
+
+class LargestProduct(TorchDispatchMode):
+    """Knows the most entries of a result of a matrix product while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (aten.mm, aten.bmm, aten.addmm, aten.baddbmm):
+            self.entries = max(self.entries, out.numel())
+        return out
 
 
 class Costs:

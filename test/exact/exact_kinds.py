@@ -17,7 +17,6 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "EF": (EFLinearOperator, {}),
     "MC": (GGNLinearOperator, {"mc_samples": 2, "seed": 3}),
 }
-PRODUCTS_WITH_J = ("GGN", "EF", "MC")
 
 
 def build(kind: str, problem: Problem, **options: Any) -> Any:
@@ -26,15 +25,14 @@ def build(kind: str, problem: Problem, **options: Any) -> Any:
 
 
 def dense(kind: str, problem: Problem) -> Tensor:
-    """The dense matrix, by autodiff; for Monte-Carlo, of a new operator, column by column."""
+    """The dense matrix, by autodiff; for Monte-Carlo, of a new operator without kept graphs."""
     if kind == "Hessian":
         return problem.hessian()
     if kind == "GGN":
         return problem.ggn()
     if kind == "EF":
         return empirical_fisher(problem)
-    A = build(kind, problem)
-    return torch.stack([A @ e for e in torch.eye(A.shape[1], dtype=A.dtype)], dim=1)
+    return build(kind, problem).to_dense()
 
 
 def empirical_fisher(problem: Problem) -> Tensor:

@@ -18,6 +18,7 @@ from exact_cases import (
     PROBLEMS,
     Apply,
     Costs,
+    LargestProduct,
     Passes,
     Problem,
     assert_close,
@@ -215,6 +216,31 @@ def test_passes_and_model_calls(
     for columns in ((), (2,)):
         problem.operator(cls, **options) @ rand(A.shape[1], *columns)
         assert cost() == (len(bars) + 1, batches * (evaluated + 1), [])
+    kept = problem.operator(cls, keep_graph=True, **options)
+    for calls in (batches, []):
+        cost()
+        kept @ rand(A.shape[1])
+        assert cost() == (1, calls, [])
+
+
+@for_each(ALL)
+def test_chunk_size_bounds_what_is_multiplied_at_once(cls: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 30), nn.Tanh(), nn.Linear(30, 1)).double()
+    problem = Problem(model, mse, [(rand(3, 2), rand(3, 1)), (rand(1, 2), rand(1, 1))])
+    dense = problem.dense(cls)
+    V = rand(dense.shape[1], 40)
+    entries = {}
+    for chunk_size in (None, 1, 10, 39):
+        A = problem.operator(cls, chunk_size=chunk_size)
+        with LargestProduct() as largest:
+            AV = A @ V
+        assert_close(AV, dense @ V)
+        entries[chunk_size] = largest.entries
+    # the largest in between is [K, 3, 30] or [K, 30, 2]; with some ways, the first is on its own
+    assert entries[1] <= 2 * 3 * 30
+    assert 10 * 30 <= entries[10] <= 10 * 3 * 30
+    assert entries[10] < entries[39] <= entries[None]
+    assert entries[39] <= 39 * 3 * 30
 
 
 # ---- the caller's surroundings -------------------------------------------------------------------

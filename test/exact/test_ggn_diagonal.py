@@ -45,7 +45,9 @@ from curvlinops import (
 from curvlinops._random import RandomSource
 from curvlinops.computers import ggn_diagonal as computer_module
 from curvlinops.computers.ggn_diagonal import GGNDiagonalComputer
+from curvlinops.computers.per_example import DependentError, check_same
 from curvlinops.risk import loss_entry
+from curvlinops.risk.losses import LOSSES, CrossEntropy
 from curvlinops.testing import check_operator
 
 GENERIC = {"sequence_huber", "CE subclass", "L1", "Huber", "Poisson function", "own function"}
@@ -151,8 +153,8 @@ def test_low_precision(name: str, dtype: torch.dtype) -> None:
 def test_half_precision_adds_up_in_single_precision() -> None:
     # equal squares: a sum in bfloat16 would stop at 256 of them
     model = nn.Linear(1, 1, bias=False).bfloat16()
-    X = torch.ones(600, 1, dtype=torch.bfloat16)
-    for batch_size, chunk_size in ((600, 1), (1, None), (600, None)):
+    X = torch.ones(300, 1, dtype=torch.bfloat16)
+    for batch_size, chunk_size in ((300, 1), (1, None), (300, None)):
         data = list(zip(X.split(batch_size), X.split(batch_size), strict=True))
         D = GGNDiagonalLinearOperator(
             model,
@@ -162,7 +164,15 @@ def test_half_precision_adds_up_in_single_precision() -> None:
             check_deterministic=False,
             chunk_size=chunk_size,
         )
-        assert abs(D.diagonal().item() / 1200 - 1) < 0.01
+        assert abs(D.diagonal().item() / 600 - 1) < 0.01
+
+
+def test_squares_do_not_overflow_in_half_precision() -> None:
+    net = nn.Linear(1, 1, bias=False).half()
+    X = torch.zeros(600, 1).half()
+    X[7] = 300  # its square is too large
+    actual = diagonal(Problem(net, mse, [(X, X)]))
+    assert abs(actual.item() - 2 * 300**2 / 600) < 1
 
 
 # ---- Monte-Carlo -------------------------------------------------------------------------------
@@ -442,6 +452,69 @@ def test_terms_that_are_not_those_of_examples() -> None:
     assert_close(slow_diagonal(problem, TOGETHER), problem.ggn().diagonal(), 1e-13)
 
 
+def scaled(f: Tensor) -> Tensor:
+    return 2 * f
+
+
+def odd_ones_flipped(f: Tensor) -> Tensor:
+    odd = (torch.arange(len(f)) % 2).bool().unsqueeze(-1)
+    return torch.where(odd, f.flip(-1), f)
+
+
+def examples_swapped(f: Tensor) -> Tensor:
+    return f.flip(0)
+
+
+def bent(f: Tensor) -> Tensor:
+    """The identity, for integers."""
+    return f + 0.1 * (torch.pi * f).sin().square()
+
+
+@pytest.mark.parametrize("rearrange", [scaled, odd_ones_flipped, examples_swapped, bent])
+def test_losses_that_do_more_than_flatten(
+    monkeypatch: pytest.MonkeyPatch, rearrange: Callable[[Tensor], Tensor]
+) -> None:
+    class OwnLoss(nn.CrossEntropyLoss):
+        def forward(self, f: Tensor, y: Tensor) -> Tensor:
+            return super().forward(rearrange(f), y)
+
+    class OwnEntry(CrossEntropy):
+        def terms(self, f: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            return super().terms(rearrange(f), y)
+
+    monkeypatch.setitem(LOSSES, OwnLoss, OwnEntry)
+    net, data = model(lambda self, x: self.net(x)), [(rand(4, 3), classes(4))]
+    with pytest.warns(UserWarning, match="the loss terms are not those of single examples"):
+        actual = diagonal(Problem(net, lambda r: OwnLoss(reduction=r), data))
+    # the same as part of the model
+    net.function = lambda self, x: rearrange(self.net(x))
+    assert_close(actual, Problem(net, cross_entropy, data).ggn().diagonal(), 1e-13)
+
+
+def test_comparisons_do_not_overflow() -> None:
+    a = torch.tensor([60_000.0, 60_000.0]).half()
+    check_same("prediction", a, a, 1e-3)
+    with pytest.raises(DependentError, match="the prediction of an example depends on the others"):
+        check_same("prediction", a / 2, a, 1e-3)
+
+
+def test_each_way_is_verified() -> None:
+    calls: list[int] = []
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        calls.append(len(x))
+        if len(calls) == 6:
+            raise RuntimeError("two\nlines.")
+        return self.net(x)
+
+    problem = Problem(model(forward), cross_entropy, [*pairs(1), *pairs(1)])
+    with pytest.warns(UserWarning, match=r"The reason: RuntimeError: two lines\.$"):
+        actual = diagonal(problem, check_deterministic=False)
+    # the second batch's vectorised evaluation fails: verify and differentiate one by one
+    assert calls == [2, 2, 1, 1, 2, 1, 2, 1, 1, 1, 1]
+    assert_close(actual, problem.ggn().diagonal(), 1e-13)
+
+
 def test_random_models_are_one_function_per_batch() -> None:
     problem = Problem(
         model(lambda self, x: self.net(x) * (1 + 4 * torch.randint(2, ()))), cross_entropy, pairs(1)
@@ -660,6 +733,13 @@ def test_without_gradients(name: str, context: Any) -> None:
     assert_close(D, problem.ggn().diagonal())
     if name not in SLOW:
         assert not any(t.is_inference() or t.requires_grad for t in entries.tensors())
+
+
+def test_half_precision_in_inference_mode() -> None:
+    net = nn.Linear(2, C).bfloat16()
+    with torch.inference_mode():
+        D = build(Problem(net, cross_entropy, [(torch.rand(3, 2).bfloat16(), classes(3))]))
+    assert not any(t.is_inference() for t in D.tensors())
 
 
 def state(model: nn.Module) -> Any:

@@ -104,9 +104,7 @@ def test_meter_counts_garbage_in_cycles(peak: Meter):
 def test_peak_relative_to_a_gradient(cls: Any, gradients: float, name: str, peak: Meter):
     problem = PROBLEMS[name]()
     A, v = operator(cls, problem), vectors(problem)
-    limit = gradients * peak(lambda: gradient(problem))
-    for _ in range(2):  # the first product is not larger than later ones
-        assert peak(lambda: A @ v) <= limit
+    assert peak(lambda: A @ v) <= gradients * peak(lambda: gradient(problem))
 
 
 VOCABULARY, TOKENS, WIDTH = 50_000, 512, 16
@@ -126,8 +124,9 @@ class Head(nn.Module):
         return logits.transpose(1, 2) if self.transposed else logits.flatten(0, 1)
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["flat", "transposed"])
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+@pytest.mark.parametrize(
+    ("bias", "transposed"), [(False, False), (True, True)], ids=["flat", "bias, transposed"]
+)
 @pytest.mark.parametrize(
     ("cls", "options"),
     [(HessianLinearOperator, {}), (GGNLinearOperator, {}), (GGNLinearOperator, {"mc_samples": 1})],

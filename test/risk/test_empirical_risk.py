@@ -177,6 +177,9 @@ def test_sum_over_data() -> None:
         torch.testing.assert_close(total, c * X.sum(0))
         scale = risk.for_each_batch(lambda batch: batch.n)
         assert float(scale) == c
+        N, total = risk.sum_over_data(count, scaled=False)
+        assert N == 8
+        torch.testing.assert_close(total, X.sum(0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -511,7 +514,7 @@ def test_attributes() -> None:
 @pytest.mark.parametrize("padding_idx", [None, 0])
 @pytest.mark.parametrize("check_deterministic", [True, False])
 def test_forward_mode_ok(padding_idx: int | None, check_deterministic: bool) -> None:
-    """It is known inside of a pass, also without the check."""
+    """The check looks at the model; without it, the first product does."""
     params = {"w": torch.randn(6, 3)}
     data = [(torch.tensor([0, 2, 5]), torch.randn(3, 3))]
     risk = EmpiricalRisk(
@@ -521,9 +524,62 @@ def test_forward_mode_ok(padding_idx: int | None, check_deterministic: bool) -> 
         data,
         check_deterministic=check_deterministic,
     )
-    known = []
-    risk.for_each_batch(lambda batch: known.append(risk.forward_mode_ok(batch)) or 1.0)
-    assert known == [padding_idx is None]
+    assert risk.forward_mode_ok is (padding_idx is None or not check_deterministic)
+    assert risk.likely_traits.padding_idx is (padding_idx is not None and check_deterministic)
+    risk.loss_and_gradient()
+    assert risk.forward_mode_ok is (padding_idx is None)
+    assert risk.likely_traits.padding_idx is (padding_idx is not None)
+
+
+def test_forward_mode_ok_after_a_prediction_for_derivatives() -> None:
+    """Such a prediction is a look, too; others are none."""
+    params, X = {"w": torch.randn(6, 3)}, torch.tensor([0, 2, 5])
+    risk = EmpiricalRisk(
+        lambda p, X: functional.embedding(X, p["w"], 0),
+        MSE(),
+        params,
+        [(X, torch.randn(3, 3))],
+        check_deterministic=False,
+    )
+    prediction = risk.predict(params, X)
+    assert torch.equal(prediction, risk.evaluate(X))
+    assert risk.forward_mode_ok
+    assert torch.equal(prediction, risk.predict(params, X, any_derivative=True))
+    assert not risk.forward_mode_ok
+
+
+def test_evaluate() -> None:
+    """The prediction at the parameters given, without a graph."""
+    net = Net()
+    risk = make(regression(3), net)
+    X = risk._source.data[0][0]
+    result = risk.evaluate(X)
+    assert torch.equal(result, net(X))
+    assert not result.requires_grad
+
+
+def test_what_a_check_tells() -> None:
+    """The shapes of predictions, and how many loss terms each batch has."""
+    data = classification(4, 2, shape=(5,))
+    risk = make(data, Sequences(), nn.CrossEntropyLoss())
+    assert risk.prediction_shapes == [(4, 3, 5), (2, 3, 5)]
+    assert risk.batch_terms == [20, 10]
+    risk = make(data, Sequences(), nn.CrossEntropyLoss(), check_deterministic=False)
+    assert risk.prediction_shapes is None
+    assert risk.batch_terms is None
+
+
+def test_dependencies() -> None:
+    """Those of the model, and those of the loss: its buffers, and parameters if it has some."""
+    net = Net()
+    loss = nn.CrossEntropyLoss(weight=w.clone())
+    found = make(classification(3, 2), net, loss).dependencies()
+    ids = {id(x) for x in found if isinstance(x, Tensor)}
+    assert ids == {id(t) for t in [*net.parameters(), loss.weight]}
+    flags = [x for x in found if not isinstance(x, Tensor)]
+    assert flags == [True] * (len(list(net.modules())) + 1)
+    function = make(regression(3), net, functional.mse_loss).dependencies()
+    assert {id(x) for x in function if isinstance(x, Tensor)} == {id(p) for p in net.parameters()}
 
 
 @pytest.mark.parametrize("check_deterministic", [True, False])

@@ -453,20 +453,222 @@ def test_refused_embedding_functions(model: FunctionalModel, option: str) -> Non
     ],
 )
 def test_forward_mode_ok(model: FunctionalModel, ok: bool) -> None:
-    """It is False until known, then says whether forward mode is right."""
-    assert not model.forward_mode_ok
+    """It says whether forward mode is right. Of a function, this is not known before a look."""
+    assert model.forward_mode_ok
     model.inspect(torch.tensor([[0, 1]]))
     assert model.forward_mode_ok is ok
 
 
 def test_forward_mode_ok_of_modules() -> None:
-    """Modules are watched like functions."""
+    """Modules are watched like functions; before that, their layers allow a guess."""
     X = torch.tensor([[0, 1]])
-    for padding_idx in (None, 0):
-        net = nn.Sequential(nn.Embedding(4, 3, padding_idx=padding_idx), nn.Linear(3, 2))
+    for layer, ok in [
+        (nn.Embedding(4, 3), True),
+        (nn.Embedding(4, 3, padding_idx=0), False),
+        (nn.EmbeddingBag(4, 3), False),
+    ]:
+        net = nn.Sequential(layer, nn.Linear(3, 2))
         model = FunctionalModel(net, dict(net.named_parameters()))
+        assert model.forward_mode_ok is ok
         assert torch.equal(model.inspect(X), net(X))
-        assert model.forward_mode_ok is (padding_idx is None)
+        assert model.forward_mode_ok is ok
+
+
+def test_a_look_replaces_the_guess() -> None:
+    """A layer that is not used is of no importance; one that the layers do not show is."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.ModuleList([nn.Embedding(4, 3, padding_idx=0), nn.Conv1d(2, 2, 1)])
+            self.weight = nn.Parameter(torch.rand(4, 3))
+
+        def forward(self, X: Tensor) -> Tensor:
+            return functional.embedding(X, self.weight)
+
+    net = Net()
+    model = FunctionalModel(net, {"weight": net.weight})
+    assert not model.forward_mode_ok
+    assert model.likely_traits.padding_idx
+    assert model.likely_traits.convolution
+    assert model.traits is None
+    model.inspect(torch.tensor([[0, 1]]))
+    assert model.forward_mode_ok
+    assert model.likely_traits is model.traits
+    assert not model.likely_traits.padding_idx
+    assert not model.likely_traits.convolution
+
+
+def test_convolutions_are_seen() -> None:
+    """As layers and as functions, transposed or not; not what the model could do."""
+    X, w = torch.rand(1, 2, 3), torch.rand(2, 2, 2)
+    for function, expected in [
+        (functional.conv1d, True),
+        (functional.conv_transpose1d, True),
+        (lambda X, w: X * w.sum(), False),
+    ]:
+        model = FunctionalModel(lambda p, X, function=function: function(X, p["w"]), {"w": w})
+        assert not model.likely_traits.convolution
+        model.inspect(X)
+        assert model.likely_traits.convolution is expected
+    for layer in (nn.Conv1d(2, 2, 2), nn.ConvTranspose1d(2, 2, 2), nn.LazyConv1d(2, 2)):
+        if isinstance(layer, nn.LazyConv1d):
+            layer(X)  # it is a Conv1d now
+        net = nn.Sequential(layer)
+        model = FunctionalModel(net, dict(net.named_parameters()))
+        assert model.likely_traits.convolution
+        model.inspect(X)
+        assert model.likely_traits.convolution
+
+
+def test_numbers_that_are_computed() -> None:
+    """All outputs of functions count, and nothing else."""
+    model = FunctionalModel(lambda p, X: (X @ p["w"]).exp(), {"w": torch.rand(3, 4)})
+    model.predict(model.params, torch.rand(5, 3), any_derivative=True)
+    assert model.likely_traits.entries == 2 * 5 * 4
+
+
+# Predictions that are differentiated
+
+
+class Once(torch.autograd.Function):
+    """Forbids second derivatives."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+class OldOnce(torch.autograd.Function):
+    """The same in the old style."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        return x**2
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+@pytest.mark.parametrize("inspected", [False, True])
+@pytest.mark.parametrize("function", [Once, OldOnce])
+def test_once_differentiable_functions(function: Any, inspected: bool) -> None:
+    """They are seen in the first prediction that is differentiated, also after an inspection."""
+    model = FunctionalModel(
+        lambda p, X: function.apply(function.apply(X * p["w"])).exp(), {"w": torch.ones(())}
+    )
+    X, calls = torch.rand(3), []
+    if inspected:
+        model.inspect(X)
+
+    def value(p: dict[str, Tensor]) -> Tensor:
+        calls.append(1)
+        return model.predict(p, X, any_derivative=True).sum()
+
+    if function is Once:
+        grad(value)(model.params)
+    else:
+        leaves = {"w": torch.ones((), requires_grad=True)}
+        torch.autograd.grad(value(leaves), list(leaves.values()))
+    assert model.likely_traits.once_differentiable == [function.__name__]
+    assert len(calls) == 1
+
+
+def test_traits_from_the_first_derivative() -> None:
+    """A prediction for derivatives sets what is not known, and leaves what is."""
+    X = torch.tensor([[0, 1]])
+    model = embed(functional.embedding, padding_idx=0)
+    model.predict(model.params, X)
+    assert model.traits is None  # not watched
+    prediction = model.predict(model.params, X, any_derivative=True)
+    assert torch.equal(prediction, model.predict(model.params, X))
+    assert model.traits is not None
+    assert not model.forward_mode_ok
+    before = model.traits
+    model.predict(model.params, X, any_derivative=True)
+    assert model.traits is before
+
+
+def test_watching() -> None:
+    """Predictions that are made anyway set the traits, the first of them."""
+    model, X = embed(functional.embedding, padding_idx=0), torch.tensor([[0, 1]])
+    with pytest.raises(ZeroDivisionError), model.watching():
+        raise ZeroDivisionError
+    assert model.traits is None
+    with model.watching():
+        model.predict(model.params, X)
+    assert model.traits is not None
+    assert model.traits.padding_idx
+    before = model.traits
+    with model.watching():
+        pass
+    assert model.traits is before
+    refused = embed(functional.embedding, max_norm=1.0)
+    with pytest.raises(NotImplementedError, match="max_norm"), refused.watching():
+        refused.predict(refused.params, X)
+
+
+@pytest.mark.parametrize("any_derivative", [False, True])
+def test_attention_warns_only_if_it_is_replaced(any_derivative: bool) -> None:
+    """Once per model, and for derivatives; numbers are the same."""
+    q = torch.rand(1, 2, 3, 4)
+    model = FunctionalModel(
+        lambda p, X: functional.scaled_dot_product_attention(X * p["w"], X, X),
+        {"w": torch.ones(())},
+    )
+    expected = functional.scaled_dot_product_attention(q, q, q)
+    assert torch.allclose(model.evaluate(q), expected)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            prediction = model.predict(model.params, q, any_derivative)
+            assert torch.allclose(prediction, expected)
+    assert ["fused attention" in str(w.message) for w in caught] == [True] * any_derivative
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_evaluate() -> None:
+    """Without a graph, although the model may need one inside; traits are not set."""
+
+    def derivative(p: dict[str, Tensor], X: Tensor) -> Tensor:
+        X = X.clone().requires_grad_()
+        return torch.autograd.grad((X**2).sum(), X, create_graph=True)[0] * p["w"]
+
+    X = torch.rand(3)
+    model = FunctionalModel(derivative, {"w": torch.tensor(3.0, requires_grad=True)})
+    with torch.no_grad():
+        result = model.evaluate(X)
+    assert not result.requires_grad
+    assert torch.allclose(result, 6 * X)
+    assert model.traits is None
+
+
+def test_dependencies() -> None:
+    """All tensors and flags that a prediction depends on: those given, and the module's."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).eval()
+    given = {"0.weight": torch.rand(4, 3)}
+    model = FunctionalModel(net, given)
+    found = {id(x) for x in model.dependencies() if isinstance(x, Tensor)}
+    tensors = [given["0.weight"], *net.parameters(), *net.buffers()]
+    assert found >= {id(t) for t in tensors}
+    flags = [x for x in model.dependencies() if not isinstance(x, Tensor)]
+    assert flags == [False] * 3
+    net[1].train()
+    assert [x for x in model.dependencies() if not isinstance(x, Tensor)] == [False, False, True]
+    function = FunctionalModel(lambda p, X: X, given)
+    assert [id(x) for x in function.dependencies()] == [id(given["0.weight"])]
 
 
 def test_scripted_parts_cannot_be_watched() -> None:

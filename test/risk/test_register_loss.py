@@ -326,7 +326,7 @@ def test_tensors_as_options_are_not_compared() -> None:
     """A tensor has no truth value."""
 
     class Weighted(nn.Module):
-        def __init__(self, weight: Tensor | None = None, reduction: str = "mean") -> None:
+        def __init__(self, weight: Tensor | float = 1.0, reduction: str = "mean") -> None:
             super().__init__()
             self.weight, self.reduction = weight, reduction
 
