@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor
@@ -123,6 +124,27 @@ def linearize_many(
 
     F, pull, (JV, aux) = func_vjp(push, theta, has_aux=True)
     return F, JV, vmap(lambda u: pull(u)[0]), aux
+
+
+def linearize_for_ever(function: Differentiable, theta: Theta) -> Callable[[Theta], Tensor]:
+    """Return v -> J v, recorded in forward mode: it can be repeated and needs no evaluation.
+
+    What does not depend on v is computed now and kept.
+
+    Raises:
+        NotImplementedError: If the function cannot be traced.
+    """
+
+    def output(theta: Theta) -> Tensor:
+        return function(theta)[0]
+
+    try:
+        with torch.no_grad(), catch_warnings():
+            filterwarnings("ignore", message="Attempted to insert a get_attr Node")  # its own
+            _, push = torch.func.linearize(output, theta)
+    except Exception as error:  # of many types
+        raise NotImplementedError(f"the model cannot be traced: {error}") from error
+    return push
 
 
 def gradient_of(value: Callable[[Tensor], Tensor], F: Tensor, func: bool = False) -> Tensor:

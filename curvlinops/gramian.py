@@ -46,8 +46,6 @@ class GramianLinearOperator(RiskLinearOperator):
         return products, self._normalizer(batch, f)
 
     def _keep_batch(self, batch: Batch, counter: TermCounter) -> KeptGraph | None:
-        if not self._differentiator.keeping_pays:
-            return None
         multiply, F, f = self._differentiator.kept_gramian(
             partial(self._terms, batch),
             self._theta,

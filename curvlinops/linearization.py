@@ -19,6 +19,7 @@ from curvlinops.autodiff import (
     gradient_of,
     hessian_of,
     linearize,
+    linearize_for_ever,
     linearize_many,
     push_many,
     push_only,
@@ -148,9 +149,15 @@ class Differentiator:
         """
 
         def compute() -> Any:
-            F, pull, push, aux = self._double_reverse(function, theta, only=True)
+            if self._forward_mode and not self.transposing_pays:
+                F, pull, aux = vjp(function, theta, self._func)
+                self._check_forward_mode()
+                F, aux = F.detach(), aux.detach()
+                push = linearize_for_ever(function, theta)
+            else:
+                F, pull, push, aux = self._double_reverse(function, theta, only=True)
+                self._probe(push, theta)
             multiply = middle(F, aux)
-            self._probe(push, theta)
             return lambda v: list(pull(multiply(push(v))).values()), F, aux
 
         return self._attempt(compute)
@@ -172,8 +179,8 @@ class Differentiator:
         return self._attempt(compute)
 
     @property
-    def keeping_pays(self) -> bool:
-        """Whether products with J are cheaper with a kept graph than with a new forward pass."""
+    def transposing_pays(self) -> bool:
+        """Whether u -> Jᵀ u, differentiated, is a cheap way to products with J."""
         return not self._risk.likely_traits.convolution
 
     def gradient_of(self, value: Callable[[Tensor], Tensor], F: Tensor) -> Tensor:
@@ -191,7 +198,7 @@ class Differentiator:
         self, function: Differentiable, theta: Theta, X: Columns, middle: Middle, recording: bool
     ) -> tuple[Columns, Tensor, Tensor]:
         names, K = list(theta), X[0].shape[-1]
-        if K > 1 and self._forward_mode and not (self._double_ok and self.keeping_pays):
+        if K > 1 and self._forward_mode and not (self._double_ok and self.transposing_pays):
             return self._gramian_forward(function, theta, X, middle, recording)
         products: list[Columns] = []
         if self._forward_mode:
@@ -203,10 +210,10 @@ class Differentiator:
                 U = multiply(JV)
                 del JV
                 if K == 1:
-                    return _stack([pull(U, retain_graph=recording)]), F, aux
+                    return _as_columns(pull(U, retain_graph=recording)), F, aux
             self._check_double()
             product, push, _ = vjp(lambda u: (pull(u), u), U, self._func)
-            products = [_stack([product])]
+            products = [_as_columns(product)]
         else:
             F, pull, push, aux = self._double_reverse(function, theta)
             with torch.set_grad_enabled(recording):
@@ -271,7 +278,7 @@ class Differentiator:
         multiply, aux = self._double(function, theta, gradient)
         with torch.set_grad_enabled(recording):
             if K == 1:
-                return _stack([multiply(_column(names, X, 0), retain_graph=recording)]), aux
+                return _as_columns(multiply(_column(names, X, 0), retain_graph=recording)), aux
             V = dict(zip(names, X, strict=True))
             return self.each(lambda v: list(multiply(v).values()), V), aux
 
@@ -285,7 +292,7 @@ class Differentiator:
         with torch.no_grad():
             detached, aux = F.detach(), aux.detach()
             cotangents = middle(detached, aux)(JV.detach()), gradient(detached, aux)
-            return _stack([pull(cotangents, retain_graph=False)]), aux
+            return _as_columns(pull(cotangents, retain_graph=False)), aux
 
     def _jacobian(
         self, function: Differentiable, theta: Theta, X: Columns, middle: Middle, recording: bool
@@ -293,7 +300,7 @@ class Differentiator:
         names, K = list(theta), X[0].shape[-1]
         V = dict(zip(names, X, strict=True))
         with torch.set_grad_enabled(recording):
-            if self._forward_mode and (K == 1 or not (self._double_ok and self.keeping_pays)):
+            if self._forward_mode and (K == 1 or not (self._double_ok and self.transposing_pays)):
 
                 def push(V: Theta) -> Columns:
                     F, JV, aux = push_many(function, theta, V)
@@ -353,7 +360,7 @@ class Differentiator:
     def _in_chunks(
         self, many: Callable[[Any], Columns], one: Callable[[Any], Columns], V: Any
     ) -> Columns:
-        """Multiply chunks of columns by ``many``; single columns, without their axis, by ``one``."""
+        """Multiply chunks of columns by ``many``, single columns without their axis by ``one``."""
         leaves, structure = tree_flatten(V)
         K = leaves[0].shape[-1]
         chunk = self._chunk(K)
@@ -493,9 +500,9 @@ def _column(names: list[str], X: Columns, k: int) -> Theta:
     return {name: x[..., k] for name, x in zip(names, X, strict=True)}
 
 
-def _stack(products: list[Theta]) -> Columns:
-    """Stack K products, dicts of tensors ``[*N_i]`` (maybe sparse), to tensors ``[*N_i, K]``."""
-    return [torch.stack([p[name].to_dense() for p in products], dim=-1) for name in products[0]]
+def _as_columns(product: Theta) -> Columns:
+    """Return a product, a dict of tensors ``[*N_i]`` (maybe sparse), as tensors ``[*N_i, 1]``."""
+    return [y.to_dense().unsqueeze(-1) for y in product.values()]
 
 
 def _concatenate(products: list[Columns]) -> Columns:

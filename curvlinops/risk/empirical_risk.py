@@ -381,6 +381,7 @@ class _Sum:
     def __init__(self) -> None:
         self.tensors: list[Tensor] = []
         self.dtypes: list[torch.dtype] = []
+        self._owned = False  # the first summands may be views of something else
 
     def add(self, summands: list[Tensor]) -> None:
         """Add one summand to each tensor."""
@@ -389,7 +390,9 @@ class _Sum:
             self.tensors = [t.float() if t.itemsize < 4 else t for t in summands]
         else:
             for i, (total, t) in enumerate(zip(self.tensors, summands, strict=True)):
-                self.tensors[i] = total + t
+                in_place = self._owned and not (total.requires_grad or t.requires_grad)
+                self.tensors[i] = total.add_(t) if in_place else total + t
+            self._owned = True
 
 
 def _widened(normalizer: Tensor | float) -> Tensor | float:

@@ -183,23 +183,16 @@ def test_at_most_so_many_at_once(
 
 
 @pytest.mark.parametrize("cls", [*(cls for cls, _ in KINDS.values()), JacobianLinearOperator])
-@pytest.mark.parametrize(
-    ("chunk_size", "error", "message"),
-    [
-        (0, ValueError, "chunk_size must be at least 1, got 0"),
-        (-2, ValueError, "chunk_size must be at least 1, got -2"),
-        (2.0, TypeError, "float"),
-        ("2", TypeError, "str"),
-    ],
-)
-def test_wrong_chunk_size(cls: Any, chunk_size: Any, error: type[Exception], message: str) -> None:
+@pytest.mark.parametrize("chunk_size", [0, -2, 2.0, "2"])
+def test_wrong_chunk_size(cls: Any, chunk_size: Any) -> None:
     """Refused before the model is evaluated."""
     calls: list[int] = []
     problem = Problem(
         Apply(lambda self, x: calls.append(1) or self.net(x), net=mlp()), cross_entropy, vectors()
     )
     loss = () if cls is JacobianLinearOperator else (problem.loss("mean"),)
-    with pytest.raises(error, match=message):
+    message = f"chunk_size must be an integer, at least 1, got {chunk_size!r}"
+    with pytest.raises(ValueError, match=message):
         cls(problem.model, *loss, problem.params, problem.data, chunk_size=chunk_size)
     assert not calls
 

@@ -341,7 +341,7 @@ def test_changed_mappings(where: str) -> None:
         calls.append(len(X["x"][0]))
         return self.net(X["x"][0]) * X["factor"] * (2 if "twice" in X else 1)
 
-    data = [({"x": [X], "factor": 1.5}, y) for X, y in vectors()]
+    data = [({"once": None, "x": [X], "factor": 1.5}, y) for X, y in vectors()]
     problem = Problem(
         Apply(predict, net=net), cross_entropy, data, batch_size_fn=lambda X: len(X["x"][0])
     )
@@ -356,7 +356,8 @@ def test_changed_mappings(where: str) -> None:
     elif where == "value":
         data[1][0]["factor"] = 0.5
     else:
-        data[1][0]["twice"] = None
+        X, y = data[1]
+        data[1] = ({"twice" if key == "once" else key: X[key] for key in X}, y)
     result = A @ v
     assert calls == [1]
     assert_close(result, problem.ggn() @ v)
@@ -454,6 +455,16 @@ def test_a_batch_is_freed_before_its_next_graph_is_made(kind: str) -> None:
     A.net.register_forward_pre_hook(lambda net, args: alive.append(old() is not None))
     A.calls()
     assert alive == [False]
+
+
+def test_deep_copies_keep_their_own_graphs() -> None:
+    """And do not spoil those of the original."""
+    A = Watched("GGN")
+    A.calls()
+    copied = copy.deepcopy(A.operator)
+    copied @ A.v
+    assert A.calls() == []
+    assert len(copied._kept) == len(BATCHES)
 
 
 # ---- data that are made anew ---------------------------------------------------------------------

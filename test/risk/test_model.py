@@ -572,6 +572,7 @@ def test_once_differentiable_functions(function: Any, inspected: bool) -> None:
     X, calls = torch.rand(3), []
     if inspected:
         model.inspect(X)
+    before = model.traits
 
     def value(p: dict[str, Tensor]) -> Tensor:
         calls.append(1)
@@ -584,6 +585,7 @@ def test_once_differentiable_functions(function: Any, inspected: bool) -> None:
         torch.autograd.grad(value(leaves), list(leaves.values()))
     assert model.likely_traits.once_differentiable == [function.__name__]
     assert len(calls) == 1
+    assert before is None or model.traits is before
 
 
 def test_traits_from_the_first_derivative() -> None:
