@@ -54,8 +54,8 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
             memory.
         keep_graph: Whether to keep the graph of each batch between products, on fixed data, of
             square operators that are multiplied batch by batch. Further products then need no
-            forward pass, but all graphs stay in memory: for each batch, one to two times the peak
-            memory of its gradient. They are made anew when parameters, buffers or batches were
+            forward pass, but all graphs stay in memory: for each batch, about twice the peak memory
+            of its gradient. They are made anew when parameters, buffers or batches were
             changed in place or replaced, or the module switched between training and evaluation;
             changes that PyTorch does not count (through ``.data`` or NumPy, or of Python
             attributes) go unnoticed. Where a graph cannot be kept, there is a warning, and

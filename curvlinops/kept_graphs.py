@@ -91,7 +91,7 @@ class KeptGraphs:
             self._replaced = 0
             return entry.graph
         pairs = zip(data, entry.data, strict=False)
-        self._replaced += not any(a is b for a, b in pairs if isinstance(a, Tensor))
+        self._replaced += any(a is not b for a, b in pairs if isinstance(a, Tensor))
         if self._replaced > len(self._entries):  # in two passes, one after the other
             self.give_up("the data give new tensors in each pass. Pass a list of batches")
             return None

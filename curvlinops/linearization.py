@@ -213,7 +213,8 @@ class Differentiator:
                     return _as_columns(pull(U, retain_graph=recording)), F, aux
             self._check_double()
             product, push, _ = vjp(lambda u: (pull(u), u), U, self._func)
-            products = [_as_columns(product)]
+            with torch.set_grad_enabled(recording):
+                products = [_as_columns(product)]
         else:
             F, pull, push, aux = self._double_reverse(function, theta)
             with torch.set_grad_enabled(recording):
@@ -238,10 +239,9 @@ class Differentiator:
             F, JV, pull, aux = linearize_many(function, theta, V)
             self._check_forward_mode()
             seen["last"] = F, aux = F.detach(), aux.detach()
-            with torch.set_grad_enabled(recording):
-                U = vmap(middle(F, aux))(JV)
-                del JV
-                products = pull(U)
+            U = vmap(middle(F, aux))(JV)
+            del JV
+            products = pull(U)
             return [products[name].movedim(0, -1) for name in names]
 
         def gram_one(v: Theta) -> Columns:
@@ -250,7 +250,8 @@ class Differentiator:
             seen["last"] = F, aux
             return [y.squeeze(-1) for y in product]
 
-        products = self._in_chunks(gram, gram_one, dict(zip(names, X, strict=True)))
+        with torch.set_grad_enabled(recording):
+            products = self._in_chunks(gram, gram_one, dict(zip(names, X, strict=True)))
         F, aux = seen["last"]
         return products, F, aux
 
@@ -369,7 +370,7 @@ class Differentiator:
             part = [x[..., start : start + chunk] for x in leaves]
             if part[0].shape[-1] == 1:
                 product = one(tree_unflatten([x[..., 0] for x in part], structure))
-                products.append([y.to_dense().unsqueeze(-1) for y in product])
+                products.append([_dense(y).unsqueeze(-1) for y in product])
                 continue
             try:
                 with _quiet():
@@ -429,19 +430,20 @@ class Differentiator:
         """Raise if second derivatives would be wrong."""
         names = self._risk.likely_traits.once_differentiable
         if names:
-            raise NotImplementedError(
+            raise _UnsupportedError(
                 f"The model uses {', '.join(sorted(set(names)))}, whose backward is marked with "
                 "@once_differentiable: it cannot be differentiated again."
             )
 
     def _check_twice(self) -> None:
-        """Raise if nothing is left to try."""
+        """Raise if the model cannot be differentiated twice in reverse mode."""
         if not self._twice:
+            either = "differentiate" if self._forward_mode else "differentiate in forward mode, nor"
             bag = self._risk.likely_traits.embedding_bag
             hint = " Replace nn.EmbeddingBag by nn.Embedding and a sum or mean." if bag else ""
-            raise NotImplementedError(
-                "The model uses operations that PyTorch can differentiate neither in forward mode "
-                f"nor twice in reverse mode ({' '.join(self._reasons)}).{hint}"
+            raise _UnsupportedError(
+                f"The model uses operations that PyTorch cannot {either} twice in reverse mode "
+                f"({' '.join(self._reasons)}).{hint}"
             )
 
     def _attempt(self, compute: Callable[[], Result]) -> Result:
@@ -453,14 +455,14 @@ class Differentiator:
                 return compute()
             except _StartAnew:
                 continue
+            except _UnsupportedError:
+                raise
             except RuntimeError as error:  # NotImplementedError is one
                 if not self._learn(str(error)):
                     raise
 
     def _learn(self, message: str) -> bool:
         """Remember what an error says is missing; return whether this was news."""
-        if "neither in forward mode" in message or "@once_differentiable" in message:
-            return False
         if not self._nested and "Nested forward mode" in message:
             self._nested = True
             return True
@@ -483,6 +485,10 @@ _NO_TANGENTS = ("modified by an inplace operation", "derivative for")
 _NO_DOUBLE = ("derivative for", "differentiate twice")
 
 
+class _UnsupportedError(NotImplementedError):
+    """PyTorch cannot differentiate the model as it is needed."""
+
+
 class _StartAnew(Exception):  # noqa: N818
     """Something was found out that asks for another strategy."""
 
@@ -502,7 +508,17 @@ def _column(names: list[str], X: Columns, k: int) -> Theta:
 
 def _as_columns(product: Theta) -> Columns:
     """Return a product, a dict of tensors ``[*N_i]`` (maybe sparse), as tensors ``[*N_i, 1]``."""
-    return [y.to_dense().unsqueeze(-1) for y in product.values()]
+    return [_dense(y).unsqueeze(-1) for y in product.values()]
+
+
+def _dense(y: Tensor) -> Tensor:
+    """Return a gradient as a dense tensor."""
+    if y.is_sparse and torch.is_grad_enabled():
+        raise NotImplementedError(  # PyTorch would take its derivative for zero
+            "Products cannot be differentiated through sparse gradients: use "
+            "nn.Embedding(..., sparse=False)."
+        )
+    return y.to_dense()
 
 
 def _concatenate(products: list[Columns]) -> Columns:

@@ -261,13 +261,12 @@ class EmpiricalRisk:
         Raises:
             ValueError: If there are no data, or not as many as before.
         """
-        total = _Sum()
-        # Without this, the sum would keep the graphs of all batches alive.
         recording = torch.is_grad_enabled()
+        total = _Sum(recording)
 
         def add(batch: Batch) -> Tensor | float:
             summands, normalizer = fn(batch)
-            total.add(summands if recording else [t.detach() for t in summands])
+            total.add(summands)
             return normalizer
 
         scale = self.for_each_batch(add, desc)
@@ -275,7 +274,8 @@ class EmpiricalRisk:
         sums = self.collective.sum(total.tensors)
         dtypes = total.dtypes or [t.dtype for t in sums]  # a rank without data has no own ones
         with torch.inference_mode(False), torch.set_grad_enabled(recording):
-            return [(scale * t).to(dtype) for t, dtype in zip(sums, dtypes, strict=True)]
+            scaled_sums = [t.mul_(scale) if total.owned else scale * t for t in sums]
+            return [t.to(dtype) for t, dtype in zip(scaled_sums, dtypes, strict=True)]
 
     def loss_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
         r"""Evaluate the loss and its gradient by reverse-mode differentiation.
@@ -376,23 +376,29 @@ class EmpiricalRisk:
 
 
 class _Sum:
-    """Sums of lists of tensors; half precision is accumulated in float32."""
+    """Sums of lists of tensors; half precision is accumulated in float32.
 
-    def __init__(self) -> None:
+    Unless gradients are recorded, summands are detached, lest the graphs of all batches stay alive,
+    and added in place.
+    """
+
+    def __init__(self, recording: bool) -> None:
         self.tensors: list[Tensor] = []
         self.dtypes: list[torch.dtype] = []
-        self._owned = False  # the first summands may be views of something else
+        self.owned = False  # the first summands may be views of something else
+        self._recording = recording
 
     def add(self, summands: list[Tensor]) -> None:
         """Add one summand to each tensor."""
+        if not self._recording:
+            summands = [t.detach() for t in summands]
         if not self.tensors:
             self.dtypes = [t.dtype for t in summands]
             self.tensors = [t.float() if t.itemsize < 4 else t for t in summands]
         else:
             for i, (total, t) in enumerate(zip(self.tensors, summands, strict=True)):
-                in_place = self._owned and not (total.requires_grad or t.requires_grad)
-                self.tensors[i] = total.add_(t) if in_place else total + t
-            self._owned = True
+                self.tensors[i] = total.add_(t) if self.owned else total + t
+            self.owned = not self._recording
 
 
 def _widened(normalizer: Tensor | float) -> Tensor | float:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from exact_cases import OPERATORS, Problem, assert_close, assert_matrix
+from exact_cases import OPERATORS, Problem, assert_matrix
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
@@ -62,7 +62,7 @@ def problem(name: str) -> Problem:
         y = torch.randint(3, (n,)) if name == "bert" else tokens.masked_fill(mask == 0, IGNORED)
         data.append((BatchEncoding({"input_ids": tokens, "attention_mask": mask}), y))
     named = dict(model.named_parameters())
-    wanted = [n for n in named if ".1." in n and "bias" in n or n.endswith(OUTPUT_LAYERS[name])]
+    wanted = [n for n in named if (".1." in n and "bias" in n) or n.endswith(OUTPUT_LAYERS[name])]
     return Problem(
         model,
         lambda reduction: nn.CrossEntropyLoss(reduction=reduction),
