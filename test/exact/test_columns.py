@@ -201,8 +201,6 @@ def test_wrong_chunk_size(cls: Any, chunk_size: Any) -> None:
 @each_kind
 @pytest.mark.parametrize("columns", [(), (3,)])
 def test_sparse_gradients_are_not_differentiated(kind: str, columns: tuple[int, ...]) -> None:
-    kind: str, columns: tuple[int, ...]
-) -> None:
     A = build(kind, MODELS["sparse"]())
     V = rand(A.shape[1], *columns).requires_grad_()
     with record_gradients(), pytest.raises(NotImplementedError, match="sparse=False"):
