@@ -74,7 +74,43 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
     SELF_ADJOINT = True
 
 
-class RiskLinearOperator(CurvatureLinearOperator):
+class ModelLinearOperator(CurvatureLinearOperator):
+    """A matrix that is multiplied by evaluating the model: it holds a risk, and no tensors."""
+
+    _risk: EmpiricalRisk
+
+    @property
+    def risk(self) -> EmpiricalRisk:
+        """The empirical risk whose curvature this is."""
+        return self._risk
+
+    @property
+    def device(self) -> torch.device:
+        """The parameters' device."""
+        return self._risk.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return self._risk.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse to move: the model, which the operator does not own, would have to move too."""
+        raise NotImplementedError(
+            f"{self!r} cannot be moved: move the model and params, and build it anew."
+        )
+
+    @property
+    def _in_names(self) -> list[str] | None:
+        return list(self._risk.params)
+
+    @property
+    def _theta(self) -> dict[str, Tensor]:
+        """The parameters without requires_grad: plain autograd would record a second graph."""
+        return {name: p.detach() for name, p in self._risk.params.items()}
+
+
+class RiskLinearOperator(ModelLinearOperator):
     """A square curvature matrix that is multiplied batch by batch; arguments as its base class.
 
     A subclass implements :meth:`_multiply_batch` and :meth:`_keep_batch`.
@@ -115,31 +151,6 @@ class RiskLinearOperator(CurvatureLinearOperator):
         super().__init__(shapes, shapes)
 
     @property
-    def risk(self) -> EmpiricalRisk:
-        """The empirical risk whose curvature this is."""
-        return self._risk
-
-    @property
-    def device(self) -> torch.device:
-        """The parameters' device."""
-        return self._risk.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The parameters' dtype."""
-        return self._risk.dtype
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse to move: the model, which the operator does not own, would have to move too."""
-        raise NotImplementedError(
-            f"{self!r} cannot be moved: move the model and params, and build it anew."
-        )
-
-    @property
-    def _in_names(self) -> list[str] | None:
-        return list(self._risk.params)
-
-    @property
     def _out_names(self) -> list[str] | None:
         return list(self._risk.params)
 
@@ -156,11 +167,6 @@ class RiskLinearOperator(CurvatureLinearOperator):
         """The risk's loss entry."""
         assert self._risk.loss is not None
         return self._risk.loss
-
-    @property
-    def _theta(self) -> dict[str, Tensor]:
-        """The parameters without requires_grad: plain autograd would record a second graph."""
-        return {name: p.detach() for name, p in self._risk.params.items()}
 
     def _terms(self, batch: Batch, theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return predictions of loss terms ``[m, C]``, and raw ones."""

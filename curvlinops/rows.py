@@ -14,7 +14,7 @@ from curvlinops._formats import Columns, numel
 from curvlinops._scalars import as_integer
 from curvlinops._torch_base import PyTorchLinearOperator
 from curvlinops.autodiff import Theta
-from curvlinops.curvature import CurvatureLinearOperator
+from curvlinops.curvature import CurvatureLinearOperator, ModelLinearOperator
 from curvlinops.linearization import Differentiator
 from curvlinops.risk import Batch, EmpiricalRisk
 from curvlinops.risk.model import ModelFunction
@@ -23,7 +23,7 @@ Self = TypeVar("Self", bound="TransposedRowsLinearOperator")
 Linear = Callable[[Tensor], Tensor]
 
 
-class RowsLinearOperator(CurvatureLinearOperator):
+class RowsLinearOperator(ModelLinearOperator):
     """Base of ``R J``: the Jacobian of all predictions, and a linear map for each batch.
 
     The number of rows needs predictions. Where the check for determinism has made none, they are
@@ -107,31 +107,6 @@ class RowsLinearOperator(CurvatureLinearOperator):
         self._row_shapes = shapes
         return scale
 
-    @property
-    def risk(self) -> EmpiricalRisk:
-        """The empirical risk that holds model and data."""
-        return self._risk
-
-    @property
-    def device(self) -> torch.device:
-        """The parameters' device."""
-        return self._risk.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The parameters' dtype."""
-        return self._risk.dtype
-
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse to move: the model, which the operator does not own, would have to move too."""
-        raise NotImplementedError(
-            f"{self!r} cannot be moved: move the model and params, and build it anew."
-        )
-
-    @property
-    def _in_names(self) -> list[str] | None:
-        return list(self._risk.params)
-
     # ---- products ----------------------------------------------------------------------------
     def _matmat(self, X: Columns) -> Columns:
         recording = torch.is_grad_enabled()
@@ -182,11 +157,6 @@ class RowsLinearOperator(CurvatureLinearOperator):
         """Return what is differentiated, and the prediction."""
         f = self._risk.predict(theta, batch.X, any_derivative)
         return self._differentiated(batch, f), f
-
-    @property
-    def _theta(self) -> Theta:
-        """The parameters without requires_grad; to be read where gradients are enabled."""
-        return {name: p.detach() for name, p in self._risk.params.items()}
 
 
 class TransposedRowsLinearOperator(CurvatureLinearOperator):

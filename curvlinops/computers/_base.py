@@ -76,7 +76,7 @@ class KFACComputer:
         if not self.loss.closed_form:
             raise NotImplementedError(
                 f"{self.loss.name} has no closed forms, which KFAC needs: use nn.MSELoss, "
-                "nn.CrossEntropyLoss or nn.BCEWithLogitsLoss."
+                "nn.CrossEntropyLoss or nn.BCEWithLogitsLoss, or add the loss with register_loss."
             )
         self.risk = EmpiricalRisk(
             model_func,

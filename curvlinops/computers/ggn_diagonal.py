@@ -102,8 +102,8 @@ class GGNDiagonalComputer:
     def _batch(self, batch: Batch, counter: TermCounter) -> tuple[list[Tensor], Tensor | float]:
         """Return the diagonal summed over a batch's loss terms, and the loss's normalizer."""
         watch = Watch()
-        with torch.no_grad(), self.risk.watching(), watch:
-            f = self.risk.predict(self._examples.theta, batch.X)
+        with self.risk.watching(), watch:
+            f = self.risk.evaluate(batch.X)
         F, targets = self.loss.terms(f, batch.y)  # [m, C]
         first_term = counter.advance(len(F))
         key = batch.n, _structure(batch.X), _structure(batch.y)
