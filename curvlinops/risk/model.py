@@ -173,6 +173,11 @@ class FunctionalModel:
         Raises:
             TypeError: If the model returns something else than a tensor.
         """
+        if any_derivative and torch.compiler.is_compiling():  # what else follows cannot be traced
+            if not self._may_use_attention:
+                return self.predict(params, X)
+            with sdpa_kernel(SDPBackend.MATH):
+                return self.predict(params, X)
         if any_derivative:
             with self._plain_attention(), self._watching_derivatives() as outputs:
                 outputs.append(self.predict(params, X))
@@ -239,7 +244,7 @@ class FunctionalModel:
         Custom functions are seen only then.
         """
         outputs: list[Tensor] = []
-        if self._differentiated or torch.compiler.is_compiling():
+        if self._differentiated:
             yield outputs
             return
         watch = _Watch()
@@ -253,16 +258,16 @@ class FunctionalModel:
         transforming = torch._C._are_functorch_transforms_active()
         self._differentiated = outputs[0].grad_fn is not None or transforming
 
+    @property
+    def _may_use_attention(self) -> bool:
+        """Whether the model may use fused attention, as far as is known."""
+        return self.traits is None or self.traits.attention or self._has_attention_layer
+
     @contextmanager
     def _plain_attention(self) -> Iterator[None]:
         """Compute attention by kernels that have derivatives in both modes and of second order."""
-        traits = self.traits
-        if not (traits is None or traits.attention or self._has_attention_layer):
+        if not self._may_use_attention:
             yield
-            return
-        if torch.compiler.is_compiling():  # what follows cannot be traced
-            with sdpa_kernel(SDPBackend.MATH):
-                yield
             return
         fused, fast_path = _fused_attention_enabled(), torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
