@@ -132,7 +132,8 @@ def linearize_for_ever(function: Differentiable, theta: Theta) -> Callable[[Thet
     What does not depend on v is computed now and kept.
 
     Raises:
-        NotImplementedError: If the function cannot be traced.
+        NotImplementedError: If the function cannot be traced, or not rightly: PyTorch's tracer does
+            not understand functions that write in place.
     """
 
     def output(theta: Theta) -> Tensor:
@@ -142,9 +143,21 @@ def linearize_for_ever(function: Differentiable, theta: Theta) -> Callable[[Thet
         with torch.no_grad(), catch_warnings():
             filterwarnings("ignore", message="Attempted to insert a get_attr Node")  # its own
             _, push = torch.func.linearize(output, theta)
+            v = {name: _irregular(p) for name, p in theta.items()}
+            push(v)  # may change what it has kept
+            again, expected = push(v), push_only(function, theta, v, func=True)[1]
     except Exception as error:  # of many types
         raise NotImplementedError(f"the model cannot be traced: {error}") from error
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5
+    if not bool((again - expected).norm() <= tolerance * expected.norm()):  # also if it is NaN
+        raise NotImplementedError("the model cannot be traced: it writes in place")
     return push
+
+
+def _irregular(p: Tensor) -> Tensor:
+    """Return a tensor like p without structure, and without the random generator."""
+    numbers = torch.arange(p.numel(), device=p.device, dtype=torch.float32)
+    return numbers.square().cos().to(p.dtype).reshape(p.shape)
 
 
 def gradient_of(value: Callable[[Tensor], Tensor], F: Tensor, func: bool = False) -> Tensor:
@@ -212,14 +225,20 @@ class _ConstantInputs(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is functional.linear and not kwargs and len(args) >= 2 and _is_constant(args[0]):
+        if func is functional.linear and not kwargs and _is_plain_product(*args):
             return _LinearInParameters.apply(*args)
         return func(*args, **(kwargs or {}))
 
 
-def _is_constant(x: Tensor) -> bool:
-    """Whether a tensor depends on nothing that is differentiated."""
-    return not x.requires_grad and forward_ad.unpack_dual(x).tangent is None
+def _is_plain_product(x: Tensor, W: Tensor, *_: Any) -> bool:
+    """Whether inputs are constant, and nothing else is special about a linear layer."""
+    special = (
+        torch._C._are_functorch_transforms_active()
+        or torch.is_autocast_enabled(x.device.type)
+        or x.layout is not torch.strided
+        or W.ndim != 2
+    )
+    return not (special or x.requires_grad or forward_ad.unpack_dual(x).tangent is not None)
 
 
 class _LinearInParameters(torch.autograd.Function):
@@ -236,7 +255,7 @@ class _LinearInParameters(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         rows = g.reshape(-1, g.shape[-1])
         _, needs_weight, *needs_bias = ctx.needs_input_grad
-        weight = rows.T @ x.reshape(-1, x.shape[-1]) if needs_weight else None
+        weight = rows.T @ x.reshape(-1, x.shape[-1]).conj() if needs_weight else None
         return None, weight, *[rows.sum(0) if needed else None for needed in needs_bias]
 
     @staticmethod

@@ -57,9 +57,9 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
             forward pass, but all graphs stay in memory: for each batch, about twice the peak memory
             of its gradient. They are made anew when parameters, buffers or batches were
             changed in place or replaced, or the module switched between training and evaluation;
-            changes that PyTorch does not count (through ``.data`` or NumPy, or of Python
-            attributes) go unnoticed. Where a graph cannot be kept, there is a warning, and
-            products are made as without.
+            changes that PyTorch does not count (through ``.data`` or NumPy), of Python attributes,
+            and of what a function that is no module has captured go unnoticed. Where a graph cannot
+            be kept, there is a warning, and products are made as without.
 
     Raises:
         TypeError: If ``params`` is no dict of tensors, or the prediction is no tensor.
@@ -107,7 +107,12 @@ class ModelLinearOperator(CurvatureLinearOperator):
     @property
     def _theta(self) -> dict[str, Tensor]:
         """The parameters without requires_grad: plain autograd would record a second graph."""
-        return {name: p.detach() for name, p in self._risk.params.items()}
+        return {name: _without_overlap(p.detach()) for name, p in self._risk.params.items()}
+
+
+def _without_overlap(p: Tensor) -> Tensor:
+    """Clone an expanded tensor, which forward mode refuses."""
+    return p.clone() if 0 in p.stride() else p
 
 
 class RiskLinearOperator(ModelLinearOperator):

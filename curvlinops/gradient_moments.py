@@ -49,7 +49,8 @@ class EFLinearOperator(GramianLinearOperator):
         loss.require_closed_form("gradients of single loss terms")
 
     def _term_curvature(self, F: Tensor, targets: Any, n: int, first_term: int) -> Multiply:
-        return lambda V: self._loss.grad_outer_vec(F, targets, V)
+        loss = self._loss  # and not the operator, which keeps graphs
+        return lambda V: loss.grad_outer_vec(F, targets, V)
 
 
 class PerExampleGradientLinearOperator(RowsLinearOperator):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -98,7 +99,8 @@ class Differentiator:
 
         In reverse mode, it is the derivative of the gradient ``Jᵀ ∇ℓ``. As it needs no gradient of
         weights, ``Jᵀ ∇²ℓ J v + ∂(J v)ᵀ ∇ℓ`` is cheaper: the forward mode's J v is differentiated.
-        This takes one column, and memory where forward mode takes many steps.
+        This takes one column, and simple functions: many formulas of PyTorch's forward mode, for
+        instance of layer normalisation, are right but have wrong derivatives.
 
         Args:
             function: Returns the prediction F, ``[m, C]``.
@@ -153,10 +155,13 @@ class Differentiator:
                 F, pull, aux = vjp(function, theta, self._func)
                 self._check_forward_mode()
                 F, aux = F.detach(), aux.detach()
-                push = linearize_for_ever(function, theta)
+                try:
+                    push = linearize_for_ever(function, theta)
+                except NotImplementedError:
+                    F, pull, push, aux = self._double_reverse(function, theta, only=True)
             else:
                 F, pull, push, aux = self._double_reverse(function, theta, only=True)
-                self._probe(push, theta)
+            self._probe(push, theta)
             multiply = middle(F, aux)
             return lambda v: list(pull(multiply(push(v))).values()), F, aux
 
@@ -265,9 +270,8 @@ class Differentiator:
         recording: bool,
     ) -> tuple[Columns, Tensor]:
         names, K = list(theta), X[0].shape[-1]
-        traits = self._risk.likely_traits
-        worth_it = K == 1 and (traits.convolution or not traits.composite)
-        if worth_it and self._tangents and self._forward_mode and not (self._func or recording):
+        simple = K == 1 and self._risk.likely_traits.simple
+        if simple and self._tangents and self._forward_mode and not (self._func or recording):
             try:
                 return self._hessian_forward(
                     function, theta, _column(names, X, 0), gradient, middle
@@ -289,6 +293,8 @@ class Differentiator:
         """Differentiate J v in reverse mode."""
         F, JV, pull, aux = linearize(function, theta, v)
         self._check_forward_mode()
+        if not self._risk.likely_traits.simple:
+            raise _StartAnew
         self._check_once_differentiable()
         with torch.no_grad():
             detached, aux = F.detach(), aux.detach()
@@ -329,7 +335,7 @@ class Differentiator:
             self._check_double()
         self._check_once_differentiable()
         F, aux = F.detach(), aux.detach()
-        _, push, _ = vjp(lambda u: (pull(u), u), torch.zeros_like(F), self._func)
+        _, push, _ = vjp(lambda u: (pull(u), u), torch.ones_like(F), self._func)
         return F, pull, push, aux
 
     def _double(self, function: Differentiable, theta: Theta, gradient: Gradient) -> Any:
@@ -452,7 +458,8 @@ class Differentiator:
             return compute()
         while True:
             try:
-                return compute()
+                with _LOCK:
+                    return compute()
             except _StartAnew:
                 continue
             except _UnsupportedError:
@@ -476,10 +483,14 @@ class Differentiator:
         return True
 
 
+# The state of PyTorch's forward mode is that of the process, not of a thread.
+_LOCK = threading.RLock()
+
 # How PyTorch words its errors.
 _NO_FORWARD = (
     *("forward AD", "forward mode AD", "forward-mode AD", "implement the jvp"),
     "torch.utils.checkpoint: A different",  # it does not recompute tangents
+    "_efficientzerotensor",
 )
 _NO_TANGENTS = ("modified by an inplace operation", "derivative for")
 _NO_DOUBLE = ("derivative for", "differentiate twice")

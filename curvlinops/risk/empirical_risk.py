@@ -152,7 +152,14 @@ class EmpiricalRisk:
 
     def dependencies(self) -> list[Any]:
         """Return tensors and flags, besides the data, that the loss of a batch depends on."""
-        return [*self._functional.dependencies(), *tensors_and_flags(self._loss_func)]
+        options = [] if self.loss is None else list(vars(self.loss).values())
+        autocast = torch.is_autocast_enabled(self.device.type)
+        return [
+            *self._functional.dependencies(),
+            *tensors_and_flags(self._loss_func),
+            *options,
+            autocast and torch.get_autocast_dtype(self.device.type).itemsize,
+        ]
 
     @property
     def forward_mode_ok(self) -> bool:

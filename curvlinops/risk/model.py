@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from warnings import warn
@@ -12,6 +12,7 @@ from warnings import warn
 import torch
 from torch import Tensor, nn
 from torch._functorch.autograd_function import custom_function_call
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 from torch.nn import functional
@@ -45,8 +46,12 @@ class ModelTraits:
             and once only.
         convolution: Whether a convolution was used. Its second derivative in reverse mode costs
             more than it should.
-        composite: Whether functions were used whose tangents PyTorch computes in many steps: a
-            graph of these steps takes much memory.
+        simple: Whether nothing but linear maps and elementwise functions was used. Only then may
+            PyTorch's forward mode be differentiated: many of its formulas take intermediate results
+            for constants (that of layer normalisation), or a graph of them takes much memory.
+        wrong_forward: Whether something was used that forward mode does not treat as reverse mode
+            does: code under ``no_grad``, hooks on gradients, or a function with a wrong formula.
+        weight_norm: Whether PyTorch's weight norm was used, whose second derivative is wrong.
         attention: Whether fused attention was used. Its kernels have derivatives in reverse mode
             and once only.
         once_differentiable: Names of custom functions that forbid second derivatives. PyTorch often
@@ -60,7 +65,9 @@ class ModelTraits:
     padding_idx: bool = False
     embedding_bag: bool = False
     convolution: bool = False
-    composite: bool = False
+    simple: bool = True
+    wrong_forward: bool = False
+    weight_norm: bool = False
     attention: bool = False
     once_differentiable: list[str] = field(default_factory=list)
     eps: float = 0.0
@@ -106,15 +113,21 @@ class FunctionalModel:
         self.module: nn.Module | None = None
         self.traits: ModelTraits | None = None
         self._hints = ModelTraits()
-        self._has_scripted_part = self._has_attention_layer = False
+        self._layers: list[nn.Module] = []
+        self._has_scripted_part = self._has_attention_layer = self._has_compiled_part = False
         self._differentiated = self._warned = False
         if isinstance(model_func, nn.Module):
             self.module = model_func
             layers = list(model_func.modules())
             # What it does cannot be watched.
             self._has_scripted_part = any(isinstance(x, torch.jit.ScriptModule) for x in layers)
+            self._has_compiled_part = any(
+                type(x).__name__ == "OptimizedModule" or x._compiled_call_impl is not None
+                for x in layers
+            )
             self._has_attention_layer = any(isinstance(x, nn.MultiheadAttention) for x in layers)
             self._hints = _guess_traits(layers)
+            self._layers = layers
             self._given = _resolve_names(model_func, params)
             _check_embeddings(model_func)
 
@@ -155,7 +168,12 @@ class FunctionalModel:
         if self.traits is None and torch.compiler.is_compiling():
             return False
         traits = self.likely_traits
-        return not (traits.padding_idx or traits.embedding_bag or self._has_scripted_part)
+        wrong = traits.padding_idx or traits.embedding_bag or traits.wrong_forward
+        return not (wrong or self._has_scripted_part or self._has_backward_hooks())
+
+    def _has_backward_hooks(self) -> bool:
+        """Whether there are hooks on the gradients of a layer."""
+        return any(x._backward_hooks or x._backward_pre_hooks for x in self._layers)
 
     def predict(self, params: dict[str, Tensor], X: Any, any_derivative: bool = False) -> Tensor:
         """Evaluate the model.
@@ -179,14 +197,19 @@ class FunctionalModel:
             with sdpa_kernel(SDPBackend.MATH):
                 return self.predict(params, X)
         if any_derivative:
-            with self._plain_attention(), self._watching_derivatives() as outputs:
+            decompose = self.traits is None or self.traits.weight_norm
+            replacement = _Decompose() if decompose else nullcontext()
+            with self._plain_attention(), replacement, self._watching_derivatives() as outputs:
                 outputs.append(self.predict(params, X))
             return outputs[0]
         X = fresh_mapping(X)
-        if self.module is None:
-            prediction = self._function(params, X)
-        else:
-            prediction = functional_call(self.module, {**self._constants(), **params}, (X,))
+        # Compiled code lacks most derivatives.
+        eager = self._has_compiled_part and not torch.compiler.is_compiling()
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            if self.module is None:
+                prediction = self._function(params, X)
+            else:
+                prediction = functional_call(self.module, {**self._constants(), **params}, (X,))
         if not isinstance(prediction, Tensor):
             raise TypeError(_not_a_tensor(prediction))
         return prediction
@@ -254,6 +277,7 @@ class FunctionalModel:
             self.traits = watch.traits
         names = [*watch.traits.once_differentiable, *_once_differentiable_nodes(outputs[0].grad_fn)]
         self.traits.once_differentiable = sorted(set(names))
+        self.traits.wrong_forward |= watch.traits.wrong_forward
         # Without a graph, as in forward mode alone, custom functions are not seen.
         transforming = torch._C._are_functorch_transforms_active()
         self._differentiated = outputs[0].grad_fn is not None or transforming
@@ -334,7 +358,11 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.traits.convolution |= func in _CONVOLUTIONS
-        self.traits.composite |= func in _COMPOSITES
+        self.traits.simple &= getattr(func, "__name__", None) in _SIMPLE
+        self.traits.weight_norm |= func is torch._weight_norm
+        self.traits.wrong_forward |= func in _WRONG_FORWARD or (
+            not torch.is_grad_enabled() and any(map(_is_tracked, [*args, *kwargs.values()]))
+        )
         self.traits.attention |= func is functional.scaled_dot_product_attention or (
             func is functional.multi_head_attention_forward and not kwargs.get("need_weights", True)
         )
@@ -384,13 +412,53 @@ _CONVOLUTIONS = {
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
 }
 
-#: Functions whose tangents take many steps.
-_COMPOSITES = {
-    *(torch.softmax, functional.softmax, Tensor.softmax, functional.gelu),
-    *(functional.layer_norm, functional.group_norm, functional.rms_norm),
-    *(functional.scaled_dot_product_attention, functional.multi_head_attention_forward),
+#: Functions whose formulas in forward mode are wrong, and hooks, which it ignores.
+_WRONG_FORWARD = {
+    *(torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_),
+    *(torch.index_reduce, Tensor.index_reduce, Tensor.index_reduce_),
+    Tensor.register_hook,
 }
-_COMPOSITE_LAYERS = (nn.Softmax, nn.GELU, nn.LayerNorm, nn.GroupNorm, nn.MultiheadAttention)
+
+#: Names of the functions, methods and properties of tensors that are simple.
+_SIMPLE = {
+    *("linear", "matmul", "__matmul__", "mm", "bmm", "conv1d", "conv2d", "conv3d"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
+    *("add", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "__rsub__", "neg", "__neg__"),
+    *("mul", "__mul__", "__rmul__", "div", "__truediv__", "sum", "mean"),
+    *("relu", "relu_", "leaky_relu", "tanh", "sigmoid", "sin", "cos", "exp", "square", "softplus"),
+    *("avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+    *("flatten", "view", "reshape", "permute", "transpose", "t", "movedim", "squeeze", "unsqueeze"),
+    *("size", "dim", "numel", "stride", "is_floating_point", "__get__", "__len__"),
+}
+_SIMPLE_LAYERS = (
+    *(nn.Sequential, nn.ModuleList, nn.Identity, nn.Flatten, nn.Linear, nn.modules.conv._ConvNd),
+    *(nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
+)
+
+
+def _is_tracked(x: Any) -> bool:
+    """Whether a tensor depends on something that is differentiated, in either mode."""
+    if not isinstance(x, Tensor) or not (x.is_floating_point() or x.is_complex()):
+        return False
+    return x.requires_grad or forward_ad.unpack_dual(x).tangent is not None
+
+
+class _Decompose(TorchFunctionMode):
+    """Computes weight norm in steps that can be differentiated twice."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Evaluate ``torch._weight_norm``."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _guess_traits(layers: list[nn.Module]) -> ModelTraits:
@@ -399,7 +467,11 @@ def _guess_traits(layers: list[nn.Module]) -> ModelTraits:
         padding_idx=any(isinstance(x, nn.Embedding) and x.padding_idx is not None for x in layers),
         embedding_bag=any(isinstance(x, nn.EmbeddingBag) for x in layers),
         convolution=any(isinstance(x, nn.modules.conv._ConvNd) for x in layers),
-        composite=any(isinstance(x, _COMPOSITE_LAYERS) for x in layers),
+        # A user's own layer is given the benefit of the doubt until it was seen.
+        simple=all(
+            isinstance(x, _SIMPLE_LAYERS) or not type(x).__module__.startswith("torch.nn.")
+            for x in layers
+        ),
     )
 
 
