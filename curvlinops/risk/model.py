@@ -214,14 +214,15 @@ class FunctionalModel:
             raise TypeError(_not_a_tensor(prediction))
         return prediction
 
-    def evaluate(self, X: Any) -> Tensor:
+    def evaluate(self, X: Any, watch: _Watch | None = None) -> Tensor:
         """Evaluate the model at its parameters, without a graph.
 
         Gradients are enabled inside, for models that differentiate with respect to their inputs.
         """
         params = {name: p.detach() for name, p in self.params.items()}
-        with torch.enable_grad():
-            return self.predict(params, X).detach()
+        with torch.enable_grad(), nullcontext() if watch is None else watch:
+            prediction = self.predict(params, X)
+        return prediction.detach()
 
     def inspect(self, X: Any) -> Tensor:
         """Evaluate the model without a graph, and set the traits from what it does.
@@ -238,8 +239,7 @@ class FunctionalModel:
         """
         watch = _Watch()
         before = self._generator_states()
-        with watch:
-            prediction = self.evaluate(X)
+        prediction = self.evaluate(X, watch)
         states = zip(before, self._generator_states(), strict=True)
         watch.traits.random = any(not torch.equal(a, b) for a, b in states)
         self.traits = watch.traits
@@ -361,7 +361,10 @@ class _Watch(TorchFunctionMode):
         self.traits.simple &= getattr(func, "__name__", None) in _SIMPLE
         self.traits.weight_norm |= func is torch._weight_norm
         self.traits.wrong_forward |= func in _WRONG_FORWARD or (
-            not torch.is_grad_enabled() and any(map(_is_tracked, [*args, *kwargs.values()]))
+            # Both are off inside of a custom function, which has derivatives of its own.
+            torch._C._is_fwd_grad_enabled()
+            and not torch.is_grad_enabled()
+            and any(map(_is_tracked, [*args, *kwargs.values()]))
         )
         self.traits.attention |= func is functional.scaled_dot_product_attention or (
             func is functional.multi_head_attention_forward and not kwargs.get("need_weights", True)
@@ -429,7 +432,17 @@ _SIMPLE = {
     *("avg_pool1d", "avg_pool2d", "avg_pool3d"),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
     *("flatten", "view", "reshape", "permute", "transpose", "t", "movedim", "squeeze", "unsqueeze"),
-    *("size", "dim", "numel", "stride", "is_floating_point", "__get__", "__len__"),
+    *(
+        "detach",
+        "clone",
+        "size",
+        "dim",
+        "numel",
+        "stride",
+        "is_floating_point",
+        "__get__",
+        "__len__",
+    ),
 }
 _SIMPLE_LAYERS = (
     *(nn.Sequential, nn.ModuleList, nn.Identity, nn.Flatten, nn.Linear, nn.modules.conv._ConvNd),
