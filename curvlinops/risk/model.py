@@ -162,8 +162,9 @@ class FunctionalModel:
         """Whether forward-mode derivatives are right; before the model was seen, a guess.
 
         They are not for embeddings with ``padding_idx``, whose padding row forward mode does not
-        treat as constant, and do not exist for embedding bags. Inside of ``torch.compile``, where
-        nothing can be watched, the answer is False until the model was seen.
+        treat as constant, nor where it ignores hooks and ``no_grad``, and do not exist for
+        embedding bags. Inside of ``torch.compile``, where nothing can be watched, the answer is
+        False until the model was seen.
         """
         if self.traits is None and torch.compiler.is_compiling():
             return False
@@ -275,8 +276,11 @@ class FunctionalModel:
             yield outputs
         if self.traits is None:
             self.traits = watch.traits
-        names = [*watch.traits.once_differentiable, *_once_differentiable_nodes(outputs[0].grad_fn)]
+        functions = list(_custom_functions(outputs[0].grad_fn))
+        names = [f.__name__ for f in functions if _is_once_differentiable(f)]
+        names += watch.traits.once_differentiable
         self.traits.once_differentiable = sorted(set(names))
+        self.traits.simple &= not functions  # what their tangents depend on is not known
         self.traits.wrong_forward |= watch.traits.wrong_forward
         # Without a graph, as in forward mode alone, custom functions are not seen.
         transforming = torch._C._are_functorch_transforms_active()
@@ -500,8 +504,8 @@ def _is_once_differentiable(function: Any) -> bool:
     return getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE
 
 
-def _once_differentiable_nodes(root: Any) -> Iterator[str]:
-    """Yield the names of custom functions in a graph that forbid second derivatives."""
+def _custom_functions(root: Any) -> Iterator[Any]:
+    """Yield the ``torch.autograd.Function`` in a graph that are not the package's own."""
     seen, todo = set(), [root]
     while todo:
         node = todo.pop()
@@ -509,8 +513,8 @@ def _once_differentiable_nodes(root: Any) -> Iterator[str]:
             continue
         seen.add(node)
         function: Any = getattr(type(node), "_forward_cls", None)
-        if _is_once_differentiable(function):
-            yield function.__name__
+        if function is not None and not function.__module__.startswith("curvlinops."):
+            yield function
         todo.extend(following for following, _ in node.next_functions)
 
 

@@ -143,6 +143,37 @@ def complex_weights() -> Problem:
     return Problem(predict, cross_entropy, vectors(), params={"W": rand(C, 3)}, predict=predict)
 
 
+class Cube(torch.autograd.Function):
+    """Its tangent takes an intermediate result for a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x)
+        ctx.square = x.detach() ** 2
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * g
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return 3 * ctx.square * tangent
+
+
+def custom_tangent() -> Problem:
+    model = Apply(
+        lambda self, x: self.b(Cube.apply(self.a(x))), a=nn.Linear(3, 4), b=nn.Linear(4, C)
+    )
+
+    def predict(params: Params, X: Tensor) -> Tensor:
+        h = (X @ params["a.weight"].T + params["a.bias"]) ** 3
+        return h @ params["b.weight"].T + params["b.bias"]
+
+    return Problem(model.double(), cross_entropy, vectors(), predict=predict)
+
+
 def vmap_inside() -> Problem:
     return Problem(
         Apply(lambda self, x: torch.vmap(self.net)(x), net=mlp()).double(),
@@ -195,6 +226,7 @@ CASES: list[Callable[[], Problem]] = [
     hook_on_gradients,
     product_of_segments,
     weight_norm,
+    custom_tangent,
     complex_weights,
     vmap_inside,
     weight_vector,
