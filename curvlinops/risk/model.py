@@ -436,17 +436,8 @@ _SIMPLE = {
     *("avg_pool1d", "avg_pool2d", "avg_pool3d"),
     *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
     *("flatten", "view", "reshape", "permute", "transpose", "t", "movedim", "squeeze", "unsqueeze"),
-    *(
-        "detach",
-        "clone",
-        "size",
-        "dim",
-        "numel",
-        "stride",
-        "is_floating_point",
-        "__get__",
-        "__len__",
-    ),
+    *("detach", "clone", "size", "dim", "numel", "stride", "is_floating_point"),
+    *("__get__", "__len__"),
 }
 _SIMPLE_LAYERS = (
     *(nn.Sequential, nn.ModuleList, nn.Identity, nn.Flatten, nn.Linear, nn.modules.conv._ConvNd),
