@@ -8,13 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from warnings import catch_warnings, filterwarnings
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Theta = dict[str, Tensor]
@@ -54,8 +51,7 @@ def linearize(
 ) -> tuple[Tensor, Tensor, Any, Tensor]:
     """Return a function's output F, J v, the map u -> Jᵀ u, and the auxiliary tensor.
 
-    It takes one evaluation: forward mode runs inside of the reverse mode's graph. By autograd, J v
-    depends on the parameters, too: the map takes a pair of cotangents of F and J v as well.
+    It takes one evaluation: forward mode runs inside of the reverse mode's graph.
 
     Args:
         function: The function.
@@ -75,12 +71,7 @@ def linearize(
     leaves = [x.detach().requires_grad_() for x in leaves]
     with torch.enable_grad():
         F, JV, aux = _push(function, tree_unflatten(leaves, structure), v)
-    pulls = _puller(F, leaves, structure), _puller((F, JV), leaves, structure)
-
-    def pull_one_or_two(u: Any, retain_graph: bool = True) -> Any:
-        return pulls[isinstance(u, tuple)](u, retain_graph)
-
-    return F, JV, pull_one_or_two, aux
+    return F, JV, _puller(F, leaves, structure), aux
 
 
 def push_only(
@@ -126,40 +117,6 @@ def linearize_many(
     return F, JV, vmap(lambda u: pull(u)[0]), aux
 
 
-def linearize_for_ever(function: Differentiable, theta: Theta) -> Callable[[Theta], Tensor]:
-    """Return v -> J v, recorded in forward mode: it can be repeated and needs no evaluation.
-
-    What does not depend on v is computed now and kept.
-
-    Raises:
-        NotImplementedError: If the function cannot be traced, or not rightly: PyTorch's tracer does
-            not understand functions that write in place.
-    """
-
-    def output(theta: Theta) -> Tensor:
-        return function(theta)[0]
-
-    try:
-        with torch.no_grad(), catch_warnings():
-            filterwarnings("ignore", message="Attempted to insert a get_attr Node")  # its own
-            _, push = torch.func.linearize(output, theta)
-            v = {name: _irregular(p) for name, p in theta.items()}
-            push(v)  # may change what it has kept
-            again, expected = push(v), push_only(function, theta, v, func=True)[1]
-    except Exception as error:  # of many types
-        raise NotImplementedError(f"the model cannot be traced: {error}") from error
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5
-    if not bool((again - expected).norm() <= tolerance * expected.norm()):  # also if it is NaN
-        raise NotImplementedError("the model cannot be traced: it writes in place")
-    return push
-
-
-def _irregular(p: Tensor) -> Tensor:
-    """Return a tensor like p without structure, and without the random generator."""
-    numbers = torch.arange(p.numel(), device=p.device, dtype=torch.float32)
-    return numbers.square().cos().to(p.dtype).reshape(p.shape)
-
-
 def gradient_of(value: Callable[[Tensor], Tensor], F: Tensor, func: bool = False) -> Tensor:
     """Return the gradient of a scalar function; it depends on F where gradients are enabled."""
     if func:
@@ -185,7 +142,7 @@ def hessian_of(
 
 def _push(function: Differentiable, theta: Theta, v: Theta) -> tuple[Tensor, Tensor, Tensor]:
     """Evaluate a function and J v in forward mode."""
-    with forward_ad.dual_level(), _ConstantInputs():
+    with forward_ad.dual_level():
         duals = {name: forward_ad.make_dual(p, v[name]) for name, p in theta.items()}
         output, aux = function(duals)
         F, JV = forward_ad.unpack_dual(output)
@@ -214,53 +171,3 @@ def _puller(output: Any, leaves: list[Tensor], structure: Any) -> Any:
         return tree_unflatten(list(gradients), structure)
 
     return pull
-
-
-class _ConstantInputs(TorchFunctionMode):
-    """Spares forward mode a product with zero: linear layers of inputs without tangent.
-
-    PyTorch multiplies the zero tangent of a network's input by the first layer's weight.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is functional.linear and not kwargs and _is_plain_product(*args):
-            return _LinearInParameters.apply(*args)
-        return func(*args, **(kwargs or {}))
-
-
-def _is_plain_product(x: Tensor, W: Tensor, *_: Any) -> bool:
-    """Whether inputs are constant, and nothing else is special about a linear layer."""
-    special = (
-        torch._C._are_functorch_transforms_active()
-        or torch.is_autocast_enabled(x.device.type)
-        or x.layout is not torch.strided
-        or W.ndim != 2
-    )
-    return not (special or x.requires_grad or forward_ad.unpack_dual(x).tangent is not None)
-
-
-class _LinearInParameters(torch.autograd.Function):
-    """``functional.linear`` of a constant input, as a function of weight and bias."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
-        return functional.linear(x, W, b)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
-        rows = g.reshape(-1, g.shape[-1])
-        _, needs_weight, *needs_bias = ctx.needs_input_grad
-        weight = rows.T @ x.reshape(-1, x.shape[-1]).conj() if needs_weight else None
-        return None, weight, *[rows.sum(0) if needed else None for needed in needs_bias]
-
-    @staticmethod
-    def jvp(ctx: Any, _: None, W: Tensor | None, b: Tensor | None = None) -> Any:
-        (x,) = ctx.saved_tensors
-        if W is None:
-            return None if b is None else b.expand(*x.shape[:-1], -1)
-        return functional.linear(x, W, b)

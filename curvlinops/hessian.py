@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -46,7 +45,6 @@ class HessianLinearOperator(RiskLinearOperator):
             self._theta,
             X,
             partial(self._gradient, batch),
-            partial(self._middle, batch),
             recording,
         )
         return products, self._normalizer(batch, f)
@@ -65,8 +63,3 @@ class HessianLinearOperator(RiskLinearOperator):
         if loss.closed_form:
             return loss.grad(F, targets)
         return self._differentiator.gradient_of(lambda F: loss.value(F, targets, batch.n), F)
-
-    def _middle(self, batch: Batch, F: Tensor, f: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the multiplication by the Hessian of the batch's loss."""
-        _, targets = self._loss.terms(f, batch.y)
-        return self._loss_hessian(F, targets, batch.n)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
 from warnings import catch_warnings, filterwarnings
@@ -20,13 +20,13 @@ from curvlinops.autodiff import (
     gradient_of,
     hessian_of,
     linearize,
-    linearize_for_ever,
     linearize_many,
     push_many,
     push_only,
     vjp,
     vmap,
 )
+from curvlinops.contractions import Contractions
 from curvlinops.risk import EmpiricalRisk
 
 Result = TypeVar("Result")
@@ -60,8 +60,8 @@ class Differentiator:
         self._risk = risk
         self._chunk_size = chunk_size
         self._forward = self._twice = self._batched = True
-        self._tangents = True  # whether J v can be differentiated
         self._nested = False
+        self._contractions = Contractions()
         self._reasons: list[str] = []
 
     # ---- what operators ask for ----------------------------------------------------------------
@@ -92,30 +92,25 @@ class Differentiator:
         theta: Theta,
         X: Columns,
         gradient: Gradient,
-        middle: Middle,
         recording: bool,
     ) -> tuple[Columns, Tensor]:
         """Multiply the Hessian of ``ℓ(F)`` onto K columns.
 
-        In reverse mode, it is the derivative of the gradient ``Jᵀ ∇ℓ``. As it needs no gradient of
-        weights, ``Jᵀ ∇²ℓ J v + ∂(J v)ᵀ ∇ℓ`` is cheaper: the forward mode's J v is differentiated.
-        This takes one column, and simple functions: many formulas of PyTorch's forward mode, for
-        instance of layer normalisation, are right but have wrong derivatives.
+        It is the derivative of the gradient ``Jᵀ ∇ℓ`` in reverse mode. Forward mode is no way:
+        many of PyTorch's formulas of tangents are right, but have wrong derivatives (for instance
+        that of layer normalisation).
 
         Args:
             function: Returns the prediction F, ``[m, C]``.
             theta: The parameters.
             X: Tensors ``[*N_i, K]``.
             gradient: Returns ``∇ℓ``, which depends on F where gradients are enabled.
-            middle: Returns the multiplication by ``∇²ℓ``.
             recording: Whether the result shall be differentiable with respect to ``X``.
 
         Returns:
             Tensors ``[*N_i, K]``, and the auxiliary tensor.
         """
-        return self._attempt(
-            partial(self._hessian, function, theta, X, gradient, middle, recording)
-        )
+        return self._attempt(partial(self._hessian, function, theta, X, gradient, recording))
 
     def jacobian(
         self, function: Differentiable, theta: Theta, X: Columns, middle: Middle, recording: bool
@@ -138,7 +133,7 @@ class Differentiator:
         self, function: Differentiable, theta: Theta
     ) -> tuple[Tensor, Callable[[Tensor], Columns], Tensor]:
         """Return F, the multiplication by Jᵀ, and the auxiliary tensor."""
-        F, pull, aux = vjp(function, theta, self._func)
+        F, pull, aux = vjp(self._contracted(function), theta, self._func)
         return F.detach(), lambda u: list(pull(u).values()), aux.detach()
 
     def kept_gramian(
@@ -151,16 +146,7 @@ class Differentiator:
         """
 
         def compute() -> Any:
-            if self._forward_mode and not self.transposing_pays:
-                F, pull, aux = vjp(function, theta, self._func)
-                self._check_forward_mode()
-                F, aux = F.detach(), aux.detach()
-                try:
-                    push = linearize_for_ever(function, theta)
-                except NotImplementedError:
-                    F, pull, push, aux = self._double_reverse(function, theta, only=True)
-            else:
-                F, pull, push, aux = self._double_reverse(function, theta, only=True)
+            F, pull, push, aux = self._double_reverse(function, theta, only=True)
             self._probe(push, theta)
             multiply = middle(F, aux)
             return lambda v: list(pull(multiply(push(v))).values()), F, aux
@@ -186,7 +172,7 @@ class Differentiator:
     @property
     def transposing_pays(self) -> bool:
         """Whether u -> Jᵀ u, differentiated, is a cheap way to products with J."""
-        return not self._risk.likely_traits.convolution
+        return not (self._func and self._risk.likely_traits.convolution)
 
     def gradient_of(self, value: Callable[[Tensor], Tensor], F: Tensor) -> Tensor:
         """Return the gradient of a scalar function; it depends on F where gradients are enabled."""
@@ -207,7 +193,8 @@ class Differentiator:
             return self._gramian_forward(function, theta, X, middle, recording)
         products: list[Columns] = []
         if self._forward_mode:
-            F, JV, pull, aux = linearize(function, theta, _column(names, X, 0), self._func)
+            v = _column(names, X, 0)
+            F, JV, pull, aux = linearize(self._contracted(function), theta, v, self._func)
             self._check_forward_mode()
             F, JV, aux = F.detach(), JV if recording else JV.detach(), aux.detach()
             with torch.set_grad_enabled(recording):
@@ -217,7 +204,7 @@ class Differentiator:
                 if K == 1:
                     return _as_columns(pull(U, retain_graph=recording)), F, aux
             self._check_double()
-            product, push, _ = vjp(lambda u: (pull(u), u), U, self._func)
+            product, push = self._transpose(pull, U)
             with torch.set_grad_enabled(recording):
                 products = [_as_columns(product)]
         else:
@@ -266,40 +253,15 @@ class Differentiator:
         theta: Theta,
         X: Columns,
         gradient: Gradient,
-        middle: Middle,
         recording: bool,
     ) -> tuple[Columns, Tensor]:
         names, K = list(theta), X[0].shape[-1]
-        simple = K == 1 and self._risk.likely_traits.simple
-        if simple and self._tangents and self._forward_mode and not (self._func or recording):
-            try:
-                return self._hessian_forward(
-                    function, theta, _column(names, X, 0), gradient, middle
-                )
-            except RuntimeError as error:  # some formulas of forward mode cannot be differentiated
-                if not any(text in str(error) for text in _NO_TANGENTS):
-                    raise
-                self._tangents = False
         multiply, aux = self._double(function, theta, gradient)
         with torch.set_grad_enabled(recording):
             if K == 1:
                 return _as_columns(multiply(_column(names, X, 0), retain_graph=recording)), aux
             V = dict(zip(names, X, strict=True))
             return self.each(lambda v: list(multiply(v).values()), V), aux
-
-    def _hessian_forward(
-        self, function: Differentiable, theta: Theta, v: Theta, gradient: Gradient, middle: Middle
-    ) -> tuple[Columns, Tensor]:
-        """Differentiate J v in reverse mode."""
-        F, JV, pull, aux = linearize(function, theta, v)
-        self._check_forward_mode()
-        if not self._risk.likely_traits.simple:
-            raise _StartAnew
-        self._check_once_differentiable()
-        with torch.no_grad():
-            detached, aux = F.detach(), aux.detach()
-            cotangents = middle(detached, aux)(JV.detach()), gradient(detached, aux)
-            return _as_columns(pull(cotangents, retain_graph=False)), aux
 
     def _jacobian(
         self, function: Differentiable, theta: Theta, X: Columns, middle: Middle, recording: bool
@@ -315,7 +277,7 @@ class Differentiator:
                     return [vmap(middle(F.detach(), aux.detach()))(JV).movedim(0, -1)]
 
                 def push_one(v: Theta) -> Columns:
-                    F, JV, aux = push_only(function, theta, v, self._func)
+                    F, JV, aux = push_only(self._contracted(function), theta, v, self._func)
                     self._check_forward_mode()
                     return [middle(F.detach(), aux.detach())(JV)]
 
@@ -330,21 +292,37 @@ class Differentiator:
         ``only`` says that there is no other way to what is asked for.
         """
         self._check_twice()
-        F, pull, aux = vjp(function, theta, self._func)
+        F, pull, aux = vjp(self._contracted(function), theta, self._func)
         if self._forward_mode and not only:
             self._check_double()
         self._check_once_differentiable()
         F, aux = F.detach(), aux.detach()
-        _, push, _ = vjp(lambda u: (pull(u), u), torch.ones_like(F), self._func)
+        _, push = self._transpose(pull, torch.ones_like(F))
         return F, pull, push, aux
+
+    def _transpose(self, pull: Callable[[Tensor], Theta], u: Tensor) -> tuple[Theta, Any]:
+        """Return Jᵀ u and the transpose of u -> Jᵀ u."""
+        with self._contractions.constant_layers():
+            product, push, _ = vjp(lambda u: (pull(u), u), u, self._func)
+        return product, push
+
+    def _contracted(self, function: Differentiable) -> Differentiable:
+        """Return the function with cheap derivatives of its layers."""
+
+        def contracted(theta: Theta) -> tuple[Any, Tensor]:
+            with nullcontext() if self._func else self._contractions:
+                return function(theta)
+
+        return contracted
 
     def _double(self, function: Differentiable, theta: Theta, gradient: Gradient) -> Any:
         """Differentiate ``Jᵀ ∇ℓ`` in reverse mode; return the product, and the auxiliary tensor."""
         self._check_twice()
 
         def evaluate(theta: Theta) -> tuple[Theta, Tensor]:
-            F, pull, aux = vjp(function, theta, self._func)
-            return pull(gradient(F, aux)), aux
+            F, pull, aux = vjp(self._contracted(function), theta, self._func)
+            with self._contractions.without_weight_gradients():  # of which none is needed
+                return pull(gradient(F, aux)), aux
 
         _, multiply, aux = vjp(evaluate, theta, self._func)
         self._check_once_differentiable()
@@ -492,7 +470,6 @@ _NO_FORWARD = (
     "torch.utils.checkpoint: A different",  # it does not recompute tangents
     "_efficientzerotensor",
 )
-_NO_TANGENTS = ("modified by an inplace operation", "derivative for")
 _NO_DOUBLE = ("derivative for", "differentiate twice")
 
 

@@ -44,6 +44,7 @@ LAYERS = {
     "L2": ["risk"],
     "L3": [
         "autodiff",
+        "contractions",
         "curvature",
         "ggn",
         "gradient_moments",

@@ -46,9 +46,6 @@ class ModelTraits:
             and once only.
         convolution: Whether a convolution was used. Its second derivative in reverse mode costs
             more than it should.
-        simple: Whether nothing but linear maps and elementwise functions was used. Only then may
-            PyTorch's forward mode be differentiated: many of its formulas take intermediate results
-            for constants (that of layer normalisation), or a graph of them takes much memory.
         wrong_forward: Whether something was used that forward mode does not treat as reverse mode
             does: code under ``no_grad``, hooks on gradients, or a function with a wrong formula.
         weight_norm: Whether PyTorch's weight norm was used, whose second derivative is wrong.
@@ -65,7 +62,6 @@ class ModelTraits:
     padding_idx: bool = False
     embedding_bag: bool = False
     convolution: bool = False
-    simple: bool = True
     wrong_forward: bool = False
     weight_norm: bool = False
     attention: bool = False
@@ -276,11 +272,8 @@ class FunctionalModel:
             yield outputs
         if self.traits is None:
             self.traits = watch.traits
-        functions = list(_custom_functions(outputs[0].grad_fn))
-        names = [f.__name__ for f in functions if _is_once_differentiable(f)]
-        names += watch.traits.once_differentiable
+        names = [*watch.traits.once_differentiable, *_once_differentiable_nodes(outputs[0].grad_fn)]
         self.traits.once_differentiable = sorted(set(names))
-        self.traits.simple &= not functions  # what their tangents depend on is not known
         self.traits.wrong_forward |= watch.traits.wrong_forward
         # Without a graph, as in forward mode alone, custom functions are not seen.
         transforming = torch._C._are_functorch_transforms_active()
@@ -362,7 +355,6 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.traits.convolution |= func in _CONVOLUTIONS
-        self.traits.simple &= getattr(func, "__name__", None) in _SIMPLE
         self.traits.weight_norm |= func is torch._weight_norm
         self.traits.wrong_forward |= func in _WRONG_FORWARD or (
             # Both are off inside of a custom function, which has derivatives of its own.
@@ -426,25 +418,6 @@ _WRONG_FORWARD = {
     Tensor.register_hook,
 }
 
-#: Names of the functions, methods and properties of tensors that are simple.
-_SIMPLE = {
-    *("linear", "matmul", "__matmul__", "mm", "bmm", "conv1d", "conv2d", "conv3d"),
-    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-    *("add", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "__rsub__", "neg", "__neg__"),
-    *("mul", "__mul__", "__rmul__", "div", "__truediv__", "sum", "mean"),
-    *("relu", "relu_", "leaky_relu", "tanh", "sigmoid", "sin", "cos", "exp", "square", "softplus"),
-    *("avg_pool1d", "avg_pool2d", "avg_pool3d"),
-    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
-    *("flatten", "view", "reshape", "permute", "transpose", "t", "movedim", "squeeze", "unsqueeze"),
-    *("detach", "clone", "size", "dim", "numel", "stride", "is_floating_point"),
-    *("__get__", "__len__"),
-}
-_SIMPLE_LAYERS = (
-    *(nn.Sequential, nn.ModuleList, nn.Identity, nn.Flatten, nn.Linear, nn.modules.conv._ConvNd),
-    *(nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.Softplus),
-    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d),
-)
-
 
 def _is_tracked(x: Any) -> bool:
     """Whether a tensor depends on something that is differentiated, in either mode."""
@@ -475,11 +448,6 @@ def _guess_traits(layers: list[nn.Module]) -> ModelTraits:
         padding_idx=any(isinstance(x, nn.Embedding) and x.padding_idx is not None for x in layers),
         embedding_bag=any(isinstance(x, nn.EmbeddingBag) for x in layers),
         convolution=any(isinstance(x, nn.modules.conv._ConvNd) for x in layers),
-        # A user's own layer is given the benefit of the doubt until it was seen.
-        simple=all(
-            isinstance(x, _SIMPLE_LAYERS) or not type(x).__module__.startswith("torch.nn.")
-            for x in layers
-        ),
     )
 
 
@@ -495,8 +463,8 @@ def _is_once_differentiable(function: Any) -> bool:
     return getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE
 
 
-def _custom_functions(root: Any) -> Iterator[Any]:
-    """Yield the ``torch.autograd.Function`` in a graph that are not the package's own."""
+def _once_differentiable_nodes(root: Any) -> Iterator[str]:
+    """Yield the names of custom functions in a graph that forbid second derivatives."""
     seen, todo = set(), [root]
     while todo:
         node = todo.pop()
@@ -504,8 +472,8 @@ def _custom_functions(root: Any) -> Iterator[Any]:
             continue
         seen.add(node)
         function: Any = getattr(type(node), "_forward_cls", None)
-        if function is not None and not function.__module__.startswith("curvlinops."):
-            yield function
+        if _is_once_differentiable(function):
+            yield function.__name__
         todo.extend(following for following, _ in node.next_functions)
 
 

@@ -62,7 +62,7 @@ def determinant() -> Problem:
 
 
 def circular_padding() -> Problem:
-    """PyTorch's tracer does not understand the padding, which writes in place."""
+    """The padding writes in place."""
     conv = nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular")
     return images(nn.Sequential(conv, nn.Tanh(), nn.Flatten(), nn.Linear(48, C)))
 

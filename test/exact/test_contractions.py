@@ -1,0 +1,162 @@
+"""Linear layers and convolutions have PyTorch's values, and derivatives of any order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from exact_cases import rand
+from torch import Tensor, nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd.graph import save_on_cpu
+
+from curvlinops.contractions import Contractions
+
+#: Function, shapes of x, W and bias, options.
+CASES: dict[str, tuple[Any, Any, Any, Any, dict[str, Any]]] = {
+    "linear": (F.linear, (3, 2), (4, 2), (4,), {}),
+    "linear, no bias": (F.linear, (3, 2), (4, 2), None, {}),
+    "linear, one input": (F.linear, (2,), (4, 2), (4,), {}),
+    "linear, sequence": (F.linear, (2, 1, 3, 2), (4, 2), (4,), {}),
+    "conv1d": (F.conv1d, (2, 2, 5), (3, 2, 2), (3,), {}),
+    "conv1d, input that is not used whole": (F.conv1d, (2, 2, 6), (3, 2, 3), (3,), {"stride": 2}),
+    "conv2d": (F.conv2d, (2, 2, 4, 3), (3, 2, 2, 3), (3,), {"padding": (1, 2)}),
+    "conv2d, groups": (F.conv2d, (2, 4, 3, 3), (2, 2, 2, 2), None, {"groups": 2, "stride": (2,)}),
+    "conv2d, dilation": (F.conv2d, (1, 1, 5, 4), (2, 1, 2, 2), (2,), {"dilation": (2, 1)}),
+    "conv3d": (F.conv3d, (1, 2, 2, 3, 2), (2, 2, 2, 2, 1), (2,), {"padding": 1, "stride": 2}),
+    "conv_transpose1d": (F.conv_transpose1d, (2, 2, 3), (2, 3, 2), (3,), {"padding": 1}),
+    "conv_transpose2d": (
+        *(F.conv_transpose2d, (1, 2, 2, 2), (2, 2, 2, 3), (4,)),
+        {"stride": 2, "output_padding": (1, 0), "groups": 2, "dilation": (1, 2)},
+    ),
+    "conv_transpose3d": (F.conv_transpose3d, (1, 2, 1, 2, 2), (2, 1, 1, 2, 2), None, {}),
+}
+
+
+def build(name: str) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Return a function that calls a layer, and its arguments."""
+    layer, *shapes, options = CASES[name]
+    tensors = [rand(*shape).requires_grad_() for shape in shapes if shape is not None]
+    return lambda x, W, bias=None: layer(x, W, bias, **options), tensors
+
+
+def used(function: Callable[..., Any], *args: Any) -> bool:
+    """Whether a function's result comes from a contraction, under the mode."""
+    with Contractions():
+        return "_Contraction" in type(function(*args).grad_fn).__name__
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_derivatives(name: str) -> None:
+    """Finite differences know them; forward mode runs alone and inside of reverse mode."""
+    function, tensors = build(name)
+
+    def contracted(*args: Tensor) -> Tensor:
+        with Contractions():
+            return function(*args)
+
+    assert used(function, *tensors)
+    torch.testing.assert_close(contracted(*tensors), function(*tensors))
+    assert gradcheck(contracted, tensors, check_forward_ad=True)
+    assert gradgradcheck(contracted, tensors)
+
+
+@pytest.mark.parametrize("constant", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case[3] is not None])
+def test_constant_arguments(name: str, constant: tuple[int, ...]) -> None:
+    """They have no tangent and need no gradient, and cost nothing."""
+    function, tensors = build(name)
+    for i in constant:
+        tensors[i] = tensors[i].detach()
+
+    def contracted(*args: Tensor) -> Tensor:
+        with Contractions():
+            return function(*args)
+
+    assert gradcheck(contracted, tensors, check_forward_ad=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_without_weight_gradients(name: str) -> None:
+    """They are zero, but have their derivatives."""
+    function, (x, W, *bias) = build(name)
+    products = []
+    for skip in (False, True):
+        mode = Contractions()
+        with mode:
+            y = function(x, W, *bias)
+        mode.skipping = skip
+        gradients = torch.autograd.grad(y.pow(3).sum(), (x, W, *bias), create_graph=True)
+        mode.skipping = False
+        if skip:
+            assert not gradients[1].any()
+        torch.manual_seed(1)
+        V = [torch.rand_like(g) for g in gradients]
+        products.append(torch.autograd.grad(gradients, (x, W, *bias), V))
+    torch.testing.assert_close(*products)
+
+
+def test_gradients_of_computed_weights_are_not_skipped() -> None:
+    """Their values take part in derivatives by what the weight was computed from."""
+    x, factor = rand(3, 2), rand(4, 2).requires_grad_()
+    mode = Contractions()
+    with mode:
+        y = F.linear(x, factor**2)
+    with mode.without_weight_gradients():
+        (gradient,) = torch.autograd.grad(y.pow(2).sum(), factor, create_graph=True)
+    (expected,) = torch.autograd.grad((x @ (factor**2).T).pow(2).sum(), factor)
+    torch.testing.assert_close(gradient, expected)
+
+
+def special() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Products in which something else takes part."""
+
+    class Subclass(Tensor):
+        pass
+
+    def hooks(x: Tensor, W: Tensor) -> Tensor:
+        with save_on_cpu():
+            return F.linear(x, W)
+
+    def autocast(x: Tensor, W: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.linear(x, W)
+
+    return {
+        "vector": lambda x, W: F.linear(x, W[0]),
+        "subclass": lambda x, W: F.linear(x.as_subclass(Subclass), W),
+        "vmap": lambda x, W: torch.vmap(F.linear, (0, None))(x, W),
+        "saved tensor hooks": hooks,
+        "autocast": autocast,
+        "complex": lambda x, W: F.linear(x.to(torch.complex128), W.to(torch.complex128)),
+        "unbatched": lambda x, W: F.conv1d(x[:1], W.unsqueeze(1)),
+        "same": lambda x, W: F.conv1d(x.unsqueeze(1), W[:, None, :1], padding="same"),
+        "other functions": lambda x, W: x @ W.T,
+    }
+
+
+@pytest.mark.parametrize("name", special())
+def test_what_is_left_to_pytorch(name: str) -> None:
+    function, x, W = special()[name], rand(3, 2), rand(4, 2).requires_grad_()
+    assert not used(function, x, W)
+    with Contractions():
+        actual = function(x, W)
+    assert torch.equal(actual, function(x, W))
+
+
+def test_arguments_by_keyword() -> None:
+    x, W, bias = rand(3, 2), rand(4, 2).requires_grad_(), rand(4)
+    assert used(lambda: F.linear(bias=bias, weight=W, input=x))
+    assert used(nn.Conv1d(2, 3, 2, bias=False).double(), rand(1, 2, 4))
+    with Contractions():
+        torch.testing.assert_close(F.linear(weight=W, input=x, bias=bias), x @ W.T + bias)
+
+
+def test_wrong_arguments_have_the_errors_of_pytorch() -> None:
+    with Contractions():
+        for call in (lambda: F.linear(rand(3, 2), rand(4, 3)), lambda: F.linear(rand(3))):
+            with pytest.raises((RuntimeError, TypeError), match=r"shapes|linear\(\)"):
+                call()
