@@ -3,10 +3,12 @@
 from curvlinops._algebra import IdentityLinearOperator
 from curvlinops._torch_base import PyTorchLinearOperator, record_gradients
 from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
+from curvlinops.computers.layers import LayerType, register_layer
 from curvlinops.curvature import CurvatureLinearOperator
 from curvlinops.dense import TensorLinearOperator
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator
+from curvlinops.ekfac import EKFACLinearOperator
 from curvlinops.ggn import GGNLinearOperator
 from curvlinops.ggn_diagonal import GGNDiagonalLinearOperator
 from curvlinops.gradient_moments import EFLinearOperator, PerExampleGradientLinearOperator
@@ -30,6 +32,7 @@ __all__ = [
     "CurvatureLinearOperator",
     "DiagonalLinearOperator",
     "EFLinearOperator",
+    "EKFACLinearOperator",
     "EighDecomposedLinearOperator",
     "FisherType",
     "FromCanonicalLinearOperator",
@@ -41,6 +44,7 @@ __all__ = [
     "KFACLinearOperator",
     "KFACType",
     "KroneckerProductLinearOperator",
+    "LayerType",
     "OuterProductLinearOperator",
     "PerExampleGradientLinearOperator",
     "PyTorchLinearOperator",
@@ -50,5 +54,6 @@ __all__ = [
     "TransposedJacobianLinearOperator",
     "cg",
     "record_gradients",
+    "register_layer",
     "register_loss",
 ]

@@ -51,16 +51,20 @@ def describe(shapes: Sequence[Size], names: Sequence[str] | None = None) -> str:
 
 
 def split_flat(flat: Tensor, shapes: Sequence[Size]) -> Columns:
-    """Split a flat matrix ``[N, K]`` into tensors ``[*N_i, K]``."""
-    parts = flat.split([prod(shape) for shape in shapes])
-    return [part.reshape(*shape, flat.shape[1]) for part, shape in zip(parts, shapes, strict=True)]
+    """Split flat matrices ``[..., N, K]`` into tensors ``[..., *N_i, K]``."""
+    *batch, _, num_columns = flat.shape
+    parts = flat.split([prod(shape) for shape in shapes], dim=-2)
+    return [
+        part.reshape(*batch, *shape, num_columns) for part, shape in zip(parts, shapes, strict=True)
+    ]
 
 
-def concatenate(columns: Columns) -> Tensor:
-    """Concatenate tensors ``[*N_i, K]`` into a flat matrix ``[N, K]``."""
-    num_columns = columns[0].shape[-1]
-    flat = [c.reshape(prod(c.shape[:-1]), num_columns) for c in columns]
-    return flat[0] if len(flat) == 1 else torch.cat(flat)
+def concatenate(columns: Columns, batch_dims: int = 0) -> Tensor:
+    """Concatenate tensors ``[*N_i, K]`` into a flat matrix ``[N, K]``, after axes of a batch."""
+    flat = [
+        c.reshape(*c.shape[:batch_dims], prod(c.shape[batch_dims:-1]), c.shape[-1]) for c in columns
+    ]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, dim=batch_dims)
 
 
 def to_columns(

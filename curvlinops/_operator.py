@@ -13,7 +13,7 @@ import torch
 from torch import Size, Tensor
 
 from curvlinops._formats import Columns, as_shapes, describe, from_columns, numel, to_columns
-from curvlinops._rules import combine
+from curvlinops._rules import apply_batched, combine
 from curvlinops._saving import compact, is_saveable, reduce_operator
 from curvlinops._scalars import Scalar, as_scalar
 from curvlinops._scipy import to_scipy
@@ -137,6 +137,30 @@ def check_strategy(strategy: dict[str, Any]) -> None:
         )
     if strategy.get("use_heuristic_damping") and strategy.get("use_exact_damping"):
         raise ValueError("Choose one of use_heuristic_damping and use_exact_damping, not both.")
+
+
+def matmat_each(
+    operators: Sequence[PyTorchLinearOperator], X: Columns, adjoint: bool = False
+) -> Columns:
+    """Multiply each of several operators onto its own tensors, at once where their type can.
+
+    Args:
+        operators: g operators between the same two spaces.
+        X: Tensors ``[g, *N_i, K]`` of the input space (with ``adjoint``: of the output space).
+        adjoint: Whether the adjoints multiply.
+
+    Returns:
+        Tensors ``[g, *M_j, K]``, without memory of ``X``.
+    """
+    operators = list(operators)
+    if len(operators) > 1:
+        result = apply_batched(operators, X, adjoint)
+        if result is not None:
+            return list(result)
+    results = []
+    for op, *x in zip(operators, *(x.unbind() for x in X), strict=True):
+        results.append(op._adjoint_matmat(x) if adjoint else op._matmat(x))
+    return [torch.stack(ys) for ys in zip(*results, strict=True)]
 
 
 class PyTorchLinearOperator:
@@ -511,6 +535,10 @@ def _apply(operator: PyTorchLinearOperator, x: Any, leading: bool) -> Any:
             result = [y.conj() for y in operator._adjoint_matmat([c.conj() for c in columns])]
         else:
             result = operator._matmat(columns)
+        device_type = result[0].device.type
+        # Only then: that an operator's results have another dtype should otherwise show.
+        if device_type != "meta" and torch.is_autocast_enabled(device_type):
+            result = [y.to(operator.dtype or y.dtype) for y in result]
         if operator._IS_PERMUTATION:  # the result must not share memory with x
             result = [y.clone() for y in result]
     # read only now, because the product may be what tells an operator its shape

@@ -9,6 +9,7 @@ Rule = Callable[[Any, Any], Any]
 Function = TypeVar("Function", bound=Callable[..., Any])
 _RULES: dict[tuple[str, type, type], Rule] = {}
 _OPERATIONS: dict[str, Rule] = {}
+_BATCHED: dict[type, Callable[..., Any]] = {}
 
 
 def rule(name: str, left: type, right: type) -> Callable[[Function], Function]:
@@ -34,6 +35,30 @@ def apply_rule(name: str, left: Any, right: Any) -> Any | None:
             if result is not NotImplemented:
                 return result
     return None
+
+
+def batched(kind: type) -> Callable[[Function], Function]:
+    """Register how several operators of exactly this type, on equal spaces, multiply at once.
+
+    The function gets the g operators, tensors ``[g, *N_i, K]``, one slice for each operator, and
+    whether the adjoints multiply. It returns tensors ``[g, *M_j, K]`` or ``NotImplemented``.
+    Subclasses do not inherit it, as they may multiply in another way.
+    """
+
+    def register(function: Function) -> Function:
+        _BATCHED[kind] = function
+        return function
+
+    return register
+
+
+def apply_batched(operators: list[Any], X: Any, adjoint: bool) -> Any | None:
+    """Return what operators of one type make of their tensors, or None if nobody knows."""
+    function = _BATCHED.get(type(operators[0]))
+    if function is None or any(type(op) is not type(operators[0]) for op in operators):
+        return None
+    result = function(operators, X, adjoint)
+    return None if result is NotImplemented else result
 
 
 def operation(name: str) -> Callable[[Function], Function]:

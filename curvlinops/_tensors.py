@@ -6,6 +6,7 @@ float32 goes to float64 only when a decomposition fails, with a warning.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from warnings import warn
 
 import torch
@@ -16,6 +17,7 @@ _WIDER = {
     torch.float16: torch.float32,
     torch.complex32: torch.complex64,
 }
+_MAX_STACKED = 2**18  # entries; copying a larger matrix takes longer than a product of its own
 _DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
@@ -37,6 +39,13 @@ def check_floating(tensor: Tensor, what: str) -> None:
     """Raise if a tensor does not hold floating-point or complex numbers."""
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise ValueError(f"{what} needs floating-point or complex numbers, got {tensor.dtype}.")
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Stack tensors to multiply them at once, or None if they are of several shapes or large."""
+    if tensors[0].numel() > _MAX_STACKED or len({tensor.shape for tensor in tensors}) > 1:
+        return None
+    return torch.stack(list(tensors))
 
 
 def is_hermitian(matrix: Tensor) -> bool:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from curvlinops._algebra import identity_like
-from curvlinops._formats import Columns
+from curvlinops._formats import Columns, concatenate, numel, split_flat
 from curvlinops._operator import (
     PyTorchLinearOperator,
     check_replacement,
     check_same,
     check_strategy,
+    matmat_each,
 )
 from curvlinops._rules import rule
 from curvlinops._saving import saveable
@@ -23,13 +25,21 @@ from curvlinops._scalars import Scalar
 
 @saveable
 class BlockDiagonalLinearOperator(PyTorchLinearOperator):
-    """A block-diagonal operator; its space is the concatenation of the blocks' spaces.
+    r"""A block-diagonal operator; its space is the concatenation of the blocks' spaces.
+
+    Its matrix is :math:`\mathrm{diag}(B_1, \dots, B_n)`. With ``flat=True`` the tensors of the
+    space are flattened and concatenated to one vector of :math:`\sum_i D_i` entries; the matrix
+    stays the same. Such an operator can stand where one vector is expected, for instance as a
+    block of another one. Neighbouring blocks of one type and size then multiply at once, so that
+    hundreds of small blocks cost little more than one.
 
     It is a sequence of its blocks: it can be iterated, indexed, measured with ``len``, and blocks
-    can be replaced by others between the same spaces.
+    can be replaced by others between the same spaces. Sums and products of two block-diagonal
+    operators with fitting blocks are block diagonal if both are flat or neither is.
 
     Args:
         blocks: The blocks.
+        flat: Whether the space is one flat vector, rather than the list of the blocks' tensors.
 
     Raises:
         ValueError: If there is no block, or blocks differ in dtype or device.
@@ -40,21 +50,26 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
         >>> B = BlockDiagonalLinearOperator([DiagonalLinearOperator([torch.ones(2)])] * 2)
         >>> (B + B).trace()
         tensor(8.)
+        >>> B.in_shape, BlockDiagonalLinearOperator(B.blocks, flat=True).in_shape
+        ([torch.Size([2]), torch.Size([2])], [torch.Size([4])])
     """
 
-    _init_args = ("blocks",)
+    _init_args = ("blocks", "flat")
 
-    def __init__(self, blocks: Sequence[PyTorchLinearOperator]):
+    def __init__(self, blocks: Sequence[PyTorchLinearOperator], flat: bool = False):
         blocks = list(blocks)
         if not blocks:
             raise ValueError("A block-diagonal operator needs at least one block.")
         for block in blocks[1:]:
             check_same("a block-diagonal operator", blocks[0], block)
-        super().__init__(
-            [shape for block in blocks for shape in block.in_shape],
-            [shape for block in blocks for shape in block.out_shape],
-        )
+        in_shape = [shape for block in blocks for shape in block.in_shape]
+        out_shape = [shape for block in blocks for shape in block.out_shape]
+        if flat:
+            super().__init__([(numel(in_shape),)], [(numel(out_shape),)])
+        else:
+            super().__init__(in_shape, out_shape)
         self._blocks = blocks
+        self._flat = bool(flat)
 
     @property
     def SELF_ADJOINT(self) -> bool:  # type: ignore[override]  # items may be replaced
@@ -65,6 +80,11 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
     def blocks(self) -> list[PyTorchLinearOperator]:
         """The blocks, as a new list."""
         return list(self._blocks)
+
+    @property
+    def flat(self) -> bool:
+        """Whether the space is one flat vector."""
+        return self._flat
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -90,8 +110,29 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
         return parts
 
     def _matmat(self, X: Columns) -> Columns:
+        if self._flat:
+            return [self._apply_runs(X[0], adjoint=False)]
         pairs = zip(self._blocks, self._split(X, "in_shape"), strict=True)
         return [y for block, x in pairs for y in block._matmat(x)]
+
+    def _adjoint_matmat(self, X: Columns) -> Columns:
+        if self._flat:
+            return [self._apply_runs(X[0], adjoint=True)]
+        pairs = zip(self._blocks, self._split(X, "out_shape"), strict=True)
+        return [y for block, x in pairs for y in block._adjoint_matmat(x)]
+
+    def _apply_runs(self, x: Tensor, adjoint: bool) -> Tensor:
+        """Multiply blocks onto ``[N, K]``; neighbours of one type and size at once."""
+        results, start = [], 0
+        for (_, in_shape, out_shape), run in groupby(self._blocks, key=_kind):
+            blocks, shapes = list(run), out_shape if adjoint else in_shape
+            dim = numel(shapes)
+            stop = start + len(blocks) * dim
+            rows = x[start:stop].reshape(len(blocks), dim, x.shape[1])  # [g, N, K]
+            Y = matmat_each(blocks, split_flat(rows, shapes), adjoint)
+            results.append(concatenate(Y, batch_dims=1).flatten(0, 1))
+            start = stop
+        return results[0] if len(results) == 1 else torch.cat(results)
 
     def _adjoint(self) -> BlockDiagonalLinearOperator:
         return self._blockwise(lambda block: block.adjoint())
@@ -102,7 +143,7 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
     def _blockwise(
         self, function: Callable[[PyTorchLinearOperator], PyTorchLinearOperator]
     ) -> BlockDiagonalLinearOperator:
-        return BlockDiagonalLinearOperator([function(block) for block in self._blocks])
+        return BlockDiagonalLinearOperator([function(block) for block in self._blocks], self._flat)
 
     # ---- closed forms, each from those of the blocks --------------------------------------------
     def trace(self) -> Tensor:
@@ -164,14 +205,19 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
         return f"BlockDiag({', '.join(block._formula() for block in self._blocks)})"
 
 
+def _kind(block: PyTorchLinearOperator) -> tuple[type, list[Size], list[Size]]:
+    """Return what blocks that multiply at once have in common."""
+    return type(block), block.in_shape, block.out_shape
+
+
 @rule("matmul", BlockDiagonalLinearOperator, BlockDiagonalLinearOperator)
 def _multiply(
     left: BlockDiagonalLinearOperator, right: BlockDiagonalLinearOperator
 ) -> PyTorchLinearOperator:
     """The product of block-diagonal operators with fitting blocks is that of the blocks."""
-    if [b.in_shape for b in left] != [b.out_shape for b in right]:
+    if left.flat != right.flat or [b.in_shape for b in left] != [b.out_shape for b in right]:
         return NotImplemented
-    return BlockDiagonalLinearOperator([a @ b for a, b in zip(left, right, strict=True)])
+    return BlockDiagonalLinearOperator([a @ b for a, b in zip(left, right, strict=True)], left.flat)
 
 
 @rule("add", BlockDiagonalLinearOperator, BlockDiagonalLinearOperator)
@@ -180,9 +226,9 @@ def _add(
 ) -> PyTorchLinearOperator:
     """The sum of block-diagonal operators with fitting blocks is that of the blocks."""
     spaces = [[(b.in_shape, b.out_shape) for b in operator] for operator in (left, right)]
-    if spaces[0] != spaces[1]:
+    if left.flat != right.flat or spaces[0] != spaces[1]:
         return NotImplemented
-    return BlockDiagonalLinearOperator([a + b for a, b in zip(left, right, strict=True)])
+    return BlockDiagonalLinearOperator([a + b for a, b in zip(left, right, strict=True)], left.flat)
 
 
 @rule("scale", BlockDiagonalLinearOperator, object)

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -187,7 +188,7 @@ def _is_special(*tensors: Tensor | None) -> bool:
     """Whether something else takes part in a product, or would have to know of it."""
     return (
         torch._C._are_functorch_transforms_active()
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+        or _saving_is_hooked()
         or any(
             type(x) not in (Tensor, nn.Parameter)
             or not x.is_floating_point()
@@ -197,6 +198,15 @@ def _is_special(*tensors: Tensor | None) -> bool:
             if x is not None
         )
     )
+
+
+def _saving_is_hooked() -> bool:
+    """Whether tensors that autograd saves go through hooks."""
+    try:
+        with disable_saved_tensors_hooks("Only newer versions of PyTorch tell it otherwise."):
+            return False
+    except RuntimeError:
+        return True
 
 
 def _linear(

@@ -36,7 +36,8 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
 
     Args:
         model_func: An ``nn.Module``, or a function ``(params, X) -> prediction``.
-        loss_func: The loss, with a ``reduction`` of ``"mean"`` or ``"sum"``.
+        loss_func: The loss, with a ``reduction`` of ``"mean"`` or ``"sum"``. As for the parameters,
+            products follow changes of its options, if it is a module.
         params: The parameters, by name, for instance ``dict(model.named_parameters())``. The matrix
             is that of the given tensors, which may differ from the module's; parameters of the
             module that are not in ``params`` are constants. The module is left as found.
@@ -55,11 +56,12 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
         keep_graph: Whether to keep the graph of each batch between products, on fixed data, of
             square operators that are multiplied batch by batch. Further products then need no
             forward pass, but all graphs stay in memory: for each batch, about twice the peak memory
-            of its gradient. They are made anew when parameters, buffers or batches were
-            changed in place or replaced, or the module switched between training and evaluation;
-            changes that PyTorch does not count (through ``.data`` or NumPy), of Python attributes,
-            and of what a function that is no module has captured go unnoticed. Where a graph cannot
-            be kept, there is a warning, and products are made as without.
+            of its gradient. They are made anew when parameters, buffers, batches or the loss's
+            options were changed in place or replaced, or the module switched between training and
+            evaluation; changes that PyTorch does not count (through ``.data`` or NumPy), of the
+            model's Python attributes, and of what a function that is no module has captured go
+            unnoticed. Where a graph cannot be kept, there is a warning, and products are made as
+            without.
 
     Raises:
         TypeError: If ``params`` is no dict of tensors, or the prediction is no tensor.
@@ -83,6 +85,12 @@ class ModelLinearOperator(CurvatureLinearOperator):
     def risk(self) -> EmpiricalRisk:
         """The empirical risk whose curvature this is."""
         return self._risk
+
+    @property
+    def _loss(self) -> Loss:
+        """The risk's loss entry."""
+        assert self._risk.loss is not None
+        return self._risk.loss
 
     @property
     def device(self) -> torch.device:
@@ -166,12 +174,6 @@ class RiskLinearOperator(ModelLinearOperator):
 
     def _check_loss(self, loss: Loss) -> None:
         """Raise if the matrix does not exist for a loss."""
-
-    @property
-    def _loss(self) -> Loss:
-        """The risk's loss entry."""
-        assert self._risk.loss is not None
-        return self._risk.loss
 
     def _terms(self, batch: Batch, theta: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return predictions of loss terms ``[m, C]``, and raw ones."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from curvlinops import _tensors
 from curvlinops._formats import Columns
 from curvlinops._operator import PyTorchLinearOperator, check_strategy
-from curvlinops._rules import combine
+from curvlinops._rules import batched, combine
 from curvlinops._saving import saveable
 from curvlinops._scalars import Scalar
 
@@ -106,3 +106,12 @@ class TensorLinearOperator(PyTorchLinearOperator):
 
     def _formula(self) -> str:
         return f"Dense({self.shape[0]}×{self.shape[1]})"
+
+
+@batched(TensorLinearOperator)
+def _multiply_each(operators: list[TensorLinearOperator], X: Columns, adjoint: bool) -> Any:
+    """Stack the matrices."""
+    matrices = _tensors.stacked([op.matrix for op in operators])  # [g, M, N]
+    if matrices is None:
+        return NotImplemented
+    return [(matrices.mH if adjoint else matrices) @ X[0]]

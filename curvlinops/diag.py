@@ -11,7 +11,7 @@ from torch import Tensor
 from curvlinops import _tensors
 from curvlinops._formats import Columns
 from curvlinops._operator import PyTorchLinearOperator, check_strategy
-from curvlinops._rules import rule
+from curvlinops._rules import batched, rule
 from curvlinops._saving import saveable
 from curvlinops._scalars import Scalar
 
@@ -177,3 +177,10 @@ def _scale(a: DiagonalLinearOperator, scalar: Scalar) -> DiagonalLinearOperator:
 def _shift(a: DiagonalLinearOperator, shift: Scalar) -> DiagonalLinearOperator:
     """Adding a multiple of the identity shifts the diagonal."""
     return DiagonalLinearOperator([d + shift for d in a.tensors()], a._in_names)
+
+
+@batched(DiagonalLinearOperator)
+def _multiply_each(operators: list[DiagonalLinearOperator], X: Columns, adjoint: bool) -> Columns:
+    """Stack the diagonals."""
+    stacks = [torch.stack(d) for d in zip(*(op.tensors() for op in operators), strict=True)]
+    return [(d.conj() if adjoint else d).unsqueeze(-1) * x for d, x in zip(stacks, X, strict=True)]

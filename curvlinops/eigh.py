@@ -9,8 +9,8 @@ from torch import Tensor
 
 from curvlinops import _tensors
 from curvlinops._formats import Columns, concatenate, split_flat
-from curvlinops._operator import PyTorchLinearOperator, check_strategy
-from curvlinops._rules import operation, rule
+from curvlinops._operator import PyTorchLinearOperator, check_strategy, matmat_each
+from curvlinops._rules import batched, operation, rule
 from curvlinops._saving import saveable
 from curvlinops._scalars import Scalar, is_real
 from curvlinops.dense import TensorLinearOperator
@@ -194,3 +194,15 @@ def _shift(a: EighDecomposedLinearOperator, shift: Scalar) -> PyTorchLinearOpera
 def _decompose(operator: TensorLinearOperator, _: None = None) -> EighDecomposedLinearOperator:
     """Return a dense Hermitian operator in eigendecomposed form."""
     return EighDecomposedLinearOperator(*_tensors.eigh(operator.matrix, name=repr(operator)))
+
+
+@batched(EighDecomposedLinearOperator)
+def _multiply_each(operators: list[EighDecomposedLinearOperator], X: Columns, adjoint: bool) -> Any:
+    """Stack the eigenvalues, and multiply the eigenvectors at once where they can."""
+    bases = [op._basis for op in operators]
+    if any(basis.in_shape != bases[0].in_shape for basis in bases):
+        return NotImplemented
+    values = torch.stack([op.eigenvalues for op in operators]).unsqueeze(-1)  # [g, D, 1]
+    coordinates = concatenate(matmat_each(bases, X, adjoint=True), batch_dims=1)  # [g, D, K]
+    scaled = (values.conj() if adjoint else values) * coordinates
+    return matmat_each(bases, split_flat(scaled, bases[0].in_shape))

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Size, Tensor
 
 from curvlinops.gramian import GramianLinearOperator, Multiply
+from curvlinops.kept_graphs import mark
 from curvlinops.risk import Batch, Loss, loss_entry
 from curvlinops.risk.model import ModelFunction
 from curvlinops.rows import Linear, RowsLinearOperator, TransposedRowsLinearOperator
@@ -102,9 +103,10 @@ class PerExampleGradientLinearOperator(RowsLinearOperator):
         *,
         chunk_size: int | None = None,
     ):
-        self._loss, _ = loss_entry(loss_func)
-        self._loss.require_closed_form("gradients of single loss terms")
+        loss, _ = loss_entry(loss_func)
+        loss.require_closed_form("gradients of single loss terms")
         self._scale: float | None = None
+        self._scale_of: tuple[list[Any], list[Any]] = [], []
         super().__init__(
             model_func,
             loss_func,
@@ -120,8 +122,12 @@ class PerExampleGradientLinearOperator(RowsLinearOperator):
     @property
     def scale(self) -> float:
         """The factor c between the sum of the loss terms and the loss."""
-        if self._scale is None:
+        made_from = self._risk.loss_dependencies()
+        marks = [mark(x) for x in made_from]
+        if self._scale is None or marks != self._scale_of[1]:
             self._scale = 1.0 if self._risk.reduction == "sum" else float(self._look())
+            # Both, so that no other tensor gets the memory of one that it was made from.
+            self._scale_of = made_from, marks
         return self._scale
 
     def _known_rows(self) -> list[Size] | None:

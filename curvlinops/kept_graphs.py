@@ -67,7 +67,7 @@ class KeptGraphs:
         Args:
             dependencies: Tensors and plain values that all graphs depend on.
         """
-        marks = [_mark(x) for x in dependencies]
+        marks = [mark(x) for x in dependencies]
         if not _same(marks, self._marks) or any(i >= self._index for i in self._entries):
             self._entries.clear()
         self._made_from, self._marks = dependencies, marks
@@ -86,7 +86,7 @@ class KeptGraphs:
         if entry is None:
             return None
         data = list(_leaves(element))
-        marks = [_mark(x) for x in data]
+        marks = [mark(x) for x in data]
         if _same(marks, entry.marks) and entry.first_term == first_term:
             self._replaced = 0
             return entry.graph
@@ -107,7 +107,7 @@ class KeptGraphs:
             graph: The batch's graph.
         """
         data = list(_leaves(element))
-        self._entries[self._index - 1] = _Entry(data, [_mark(x) for x in data], first_term, graph)
+        self._entries[self._index - 1] = _Entry(data, [mark(x) for x in data], first_term, graph)
 
     def give_up(self, reason: str) -> None:
         """Keep nothing from now on, and warn.
@@ -133,7 +133,7 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _mark(value: Any) -> Any:
+def mark(value: Any) -> Any:
     """Return something that is equal for two looks at the same, unchanged value only."""
     if not isinstance(value, Tensor):
         plain = isinstance(value, (str, bytes, int, float, bool, type(None)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -17,7 +17,7 @@ from curvlinops.computers.kfac_hooks import HooksKFACComputer
 from curvlinops.computers.report import check_finite, describe_groups, format_summary
 from curvlinops.curvature import CurvatureLinearOperator
 from curvlinops.kfac_utils import FisherType, FromCanonicalLinearOperator, KFACType
-from curvlinops.kronecker import Factor, KroneckerProductLinearOperator
+from curvlinops.kronecker import KroneckerProductLinearOperator
 from curvlinops.risk.model import ModelFunction
 
 
@@ -55,6 +55,8 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         num_per_example_loss_terms: The number of loss terms per example, which is then checked.
         separate_weight_and_bias: Whether the weight and bias of a layer have separate blocks.
         backend: How factors are gathered: ``"hooks"`` on the layers of an ``nn.Module``.
+        unsupported: What becomes of parameters that no supported layer uses: ``"raise"`` an error
+            that lists them, or a ``"diagonal"`` block, the exact diagonal of the GGN.
         loss_terms: How the independent loss terms of an example (tokens, pixels) are kept apart,
             for ``"type-2"`` and ``"empirical"``: ``"signs"`` multiplies each by a random sign,
             which is unbiased (and exact where positions do not mix); ``"exact"`` back-propagates
@@ -98,6 +100,7 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         batch_size_fn: Callable[[Any], int] | None = None,
         backend: str = "hooks",
         *,
+        unsupported: str = "raise",
         loss_terms: str = "signs",
         max_factor_size: int = 8192,
     ):
@@ -118,19 +121,15 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
             separate_weight_and_bias=separate_weight_and_bias,
             num_data=num_data,
             batch_size_fn=batch_size_fn,
+            unsupported=unsupported,
             loss_terms=loss_terms,
             max_factor_size=max_factor_size,
         )
-        input_factors, gradient_factors, mapping = computer.compute()
-        blocks: list[PyTorchLinearOperator] = []
-        for group in mapping:
-            key = tuple(group.values())
-            check_finite(key, input_factors.get(key), gradient_factors[key])
-            inputs = [input_factors[key]] if key in input_factors else []
-            blocks.append(KroneckerProductLinearOperator(gradient_factors[key], *inputs))
+        blocks = self._blocks(computer)
+        plans = computer.plans
         shapes = {name: p.shape for name, p in computer.risk.params.items()}
         device, dtype = computer.risk.device, computer.risk.dtype
-        layouts = [plan.layout for plan in computer.plans]
+        mapping, layouts = computer.mapping, [plan.layout for plan in plans]
         P = FromCanonicalLinearOperator(shapes, mapping, device, dtype, layouts)
         options = {
             "fisher_type": str(computer.fisher_type),
@@ -138,8 +137,21 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         }
         self._assemble(
             [P, BlockDiagonalLinearOperator(blocks), P.adjoint()],
-            {"options": options, "groups": describe_groups(computer.plans)},
+            {"options": options, "groups": describe_groups(plans, computer.risk.model)},
         )
+
+    @staticmethod
+    def _blocks(computer: Any) -> list[PyTorchLinearOperator]:
+        """Return the block of each group."""
+        result = []
+        for key, pairs in computer.blocks().items():
+            for B, A in pairs:
+                check_finite(key, A, B)
+            blocks = [
+                KroneckerProductLinearOperator(B, *([] if A is None else [A])) for B, A in pairs
+            ]
+            result.append(join_blocks(blocks))
+        return result
 
     def _assemble(self, operators: list[PyTorchLinearOperator], report: dict[str, Any]) -> None:
         """Set up the chain P, B, Pᵀ, and what :meth:`summary` tells."""
@@ -188,16 +200,20 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         known = [name for group in self.mapping for name in group.values()]
         raise ValueError(f"There is no parameter {name!r}. Parameters: {known}.")
 
-    def factors(self, name: str) -> list[Factor]:
+    def factors(self, name: str) -> list[Any]:
         """Return the Kronecker factors of a parameter's block.
 
         Args:
             name: The parameter's name.
 
         Returns:
-            The gradient factor, then the input factor, which the block of a bias alone lacks.
+            The gradient factor, then the input factor, which the block of a bias alone lacks. For a
+            weight with several blocks (channel groups), a list of such lists.
         """
-        return list(self.block(name))  # type: ignore[call-overload]
+        block = self.block(name)
+        if isinstance(block, BlockDiagonalLinearOperator):
+            return [list(part) for part in block]  # type: ignore[call-overload]
+        return list(block)  # type: ignore[call-overload]
 
     def summary(self) -> str:
         """Return a table of what each parameter got: its layer, factors, and approximations."""
@@ -207,8 +223,15 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         return type(self).__name__.removesuffix("LinearOperator")
 
 
+def join_blocks(blocks: Sequence[PyTorchLinearOperator]) -> PyTorchLinearOperator:
+    """Return the block of a group, whose parts share one canonical vector."""
+    return blocks[0] if len(blocks) == 1 else BlockDiagonalLinearOperator(blocks, flat=True)
+
+
 def _is_self_adjoint(block: PyTorchLinearOperator) -> bool:
     """Return whether a block is Hermitian; a Kronecker product is if its factors are."""
+    if isinstance(block, BlockDiagonalLinearOperator):
+        return all(map(_is_self_adjoint, block))
     if not isinstance(block, KroneckerProductLinearOperator):
         return block.SELF_ADJOINT
     return all(is_hermitian(f) if isinstance(f, Tensor) else f.SELF_ADJOINT for f in block)

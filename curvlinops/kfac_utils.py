@@ -166,8 +166,8 @@ class _CanonicalForm(PyTorchLinearOperator):
         return self if self.dtype is None else self.to(self.dtype.to_real())
 
     def _concatenated(self, group: ParamGroup) -> bool:
-        """Return whether a group is of 1-d tensors, which are concatenated."""
-        return all(len(self._shapes[name]) <= 1 for name in group.values())
+        """Return whether a group is of tensors of the same shape, which are concatenated."""
+        return len({self._shapes[name] for name in group.values()}) == 1
 
     def _rows(self, group: ParamGroup, layout: Layout | None) -> int:
         """Return d_out of a group with a weight."""

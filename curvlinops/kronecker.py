@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -18,7 +18,7 @@ from curvlinops._operator import (
     check_same,
     check_strategy,
 )
-from curvlinops._rules import rule
+from curvlinops._rules import batched, rule
 from curvlinops._saving import saveable
 from curvlinops._scalars import Scalar
 from curvlinops.dense import TensorLinearOperator
@@ -107,12 +107,7 @@ class KroneckerProductLinearOperator(PyTorchLinearOperator):
         # columns go first: the last factor is then one matrix product for all columns
         dims = [op.shape[1] for op in operators]
         tensor = x.T.reshape(num_columns, *dims)
-        # the cheapest order of products along different axes, by an exchange argument
-        order = sorted(
-            range(len(operators)),
-            key=lambda i: 1 / max(operators[i].shape[1], 1) - 1 / max(operators[i].shape[0], 1),
-        )
-        for index in order:
+        for index in _cheapest_order([op.shape for op in operators]):
             tensor = _apply_along(operators[index], tensor, index + 1)
         if all(isinstance(op, IdentityLinearOperator) for op in operators):
             tensor = tensor.clone()  # a result does not share memory with its input
@@ -329,6 +324,12 @@ def _as_factor(operator: PyTorchLinearOperator) -> Factor:
     return DiagonalLinearOperator([operator.diagonal()])  # a multiple of the identity
 
 
+def _cheapest_order(shapes: Sequence[Sequence[int]]) -> list[int]:
+    """Return the cheapest order of products along different axes, by an exchange argument."""
+    costs = [1 / max(columns, 1) - 1 / max(rows, 1) for rows, columns in shapes]
+    return sorted(range(len(shapes)), key=costs.__getitem__)
+
+
 def _apply_along(operator: PyTorchLinearOperator, tensor: Tensor, axis: int) -> Tensor:
     """Apply a matrix along an axis of a tensor ``[K, d_1, ..., d_n]``."""
     if isinstance(operator, IdentityLinearOperator):
@@ -380,3 +381,37 @@ def _multiply_factors(a: PyTorchLinearOperator, b: PyTorchLinearOperator) -> Fac
     if isinstance(b, IdentityLinearOperator):
         return _as_factor(a)
     return DiagonalLinearOperator([a.diagonal() * b.diagonal()])
+
+
+@batched(KroneckerProductLinearOperator)
+def _multiply_each(
+    operators: list[KroneckerProductLinearOperator], X: Columns, adjoint: bool
+) -> Any:
+    """Stack the factors of each place, which must be of one kind and shape."""
+    if len({len(op) for op in operators}) > 1:
+        return NotImplemented
+    places = zip(*(op._factors for op in operators), strict=True)
+    stacks = [stack for place in places if (stack := _stack(place)) is not None]
+    if len(stacks) < len(operators[0]):
+        return NotImplemented
+    if adjoint:
+        stacks = [stack.mH if stack.ndim == 3 else stack.conj() for stack in stacks]
+    shapes = [(stack.shape[1], stack.shape[-1]) for stack in stacks]
+    (x,) = X  # [g, N, K]
+    num_operators, _, num_columns = x.shape
+    dims = [columns for _, columns in shapes]
+    for index in _cheapest_order(shapes):
+        left, right = prod(dims[:index]), prod(dims[index + 1 :]) * num_columns
+        x = x.reshape(num_operators, left, dims[index], right)
+        formula = "gij, gljr -> glir" if stacks[index].ndim == 3 else "gj, gljr -> gljr"
+        x = torch.einsum(formula, stacks[index], x)
+        dims[index] = shapes[index][0]
+    return [x.reshape(num_operators, prod(dims), num_columns)]
+
+
+def _stack(factors: Sequence[Factor]) -> Tensor | None:
+    """Stack factors as ``[g, m, n]``, diagonal ones as ``[g, d]``, or None where this is no use."""
+    tensors = [factor for factor in factors if isinstance(factor, Tensor)]
+    if not tensors:
+        tensors = [f.diagonal() for f in factors if isinstance(f, DiagonalLinearOperator)]
+    return _tensors.stacked(tensors) if len(tensors) == len(factors) else None

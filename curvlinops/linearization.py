@@ -302,7 +302,7 @@ class Differentiator:
 
     def _transpose(self, pull: Callable[[Tensor], Theta], u: Tensor) -> tuple[Theta, Any]:
         """Return Jᵀ u and the transpose of u -> Jᵀ u."""
-        with self._contractions.constant_layers():
+        with nullcontext() if self._func else self._contractions.constant_layers():
             product, push, _ = vjp(lambda u: (pull(u), u), u, self._func)
         return product, push
 
@@ -321,7 +321,8 @@ class Differentiator:
 
         def evaluate(theta: Theta) -> tuple[Theta, Tensor]:
             F, pull, aux = vjp(self._contracted(function), theta, self._func)
-            with self._contractions.without_weight_gradients():  # of which none is needed
+            skipping = self._contractions.without_weight_gradients  # of which none is needed
+            with nullcontext() if self._func else skipping():
                 return pull(gradient(F, aux)), aux
 
         _, multiply, aux = vjp(evaluate, theta, self._func)

@@ -37,6 +37,7 @@ LAYERS = {
         "eigh",
         "kfac_utils",
         "kronecker",
+        "nearest_kronecker",
         "outer",
         "solvers",
         "submatrix",

@@ -461,6 +461,50 @@ def blocks_in_blocks() -> Entry:
 
 
 @entry
+def blocks_flat() -> Entry:
+    """On one vector, with runs of equal blocks and others."""
+    kinds = [
+        [TensorLinearOperator(positive(2)) for _ in range(2)],
+        [DiagonalLinearOperator([torch.rand(2, 1, dtype=F64) + 0.5, torch.ones(1, dtype=F64)])],
+        [KroneckerProductLinearOperator(positive(1), positive(2)) for _ in range(2)],
+        [EighDecomposedLinearOperator(*torch.linalg.eigh(positive(1))) for _ in range(2)],
+    ]
+    matrices = [
+        *(block.matrix for block in kinds[0]),
+        *(torch.diag(block.diagonal()) for block in kinds[1]),
+        *(kron(*block) for block in kinds[2]),
+        *(block.eigenvalues.reshape(1, 1) for block in kinds[3]),
+    ]
+    operator = BlockDiagonalLinearOperator([block for kind in kinds for block in kind], flat=True)
+    return operator, torch.block_diag(*matrices)
+
+
+@entry
+def blocks_flat_complex() -> Entry:
+    factors = [(general(2, 2, C128), general(2, 2, C128)) for _ in range(2)]
+    blocks = [KroneckerProductLinearOperator(*pair) for pair in factors]
+    operator = BlockDiagonalLinearOperator(blocks, flat=True)
+    return operator, torch.block_diag(*(kron(*pair) for pair in factors))
+
+
+@entry
+def blocks_flat_rectangular() -> Entry:
+    factors = [(general(2, 1), general(1, 3)) for _ in range(2)]
+    blocks = [KroneckerProductLinearOperator(*pair) for pair in factors]
+    last = general(4, 2)
+    operator = BlockDiagonalLinearOperator([*blocks, TensorLinearOperator(last)], flat=True)
+    return operator, torch.block_diag(*(kron(*pair) for pair in factors), last)
+
+
+@entry
+def blocks_flat_in_blocks() -> Entry:
+    """As in KFAC with a grouped convolution: its weight is one vector."""
+    (inner, matrix), A, B = blocks_flat(), positive(2), positive(1)
+    operator = BlockDiagonalLinearOperator([KroneckerProductLinearOperator(A, B), inner])
+    return operator, torch.block_diag(kron(A, B), matrix)
+
+
+@entry
 def low_rank() -> Entry:
     c, A = torch.rand(2, dtype=F64), general(5, 2)
     vectors = [A[:3], A[3:].reshape(2, 1, 2)]

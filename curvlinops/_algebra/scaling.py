@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from curvlinops._algebra.identity import IdentityLinearOperator, identity_like, is_number, nonzero
-from curvlinops._algebra.wrappers import ScalarWrapper, number_text, scalar_for
+from curvlinops._algebra.wrappers import ScalarWrapper, number_text, same_number, scalar_for
 from curvlinops._formats import Columns
-from curvlinops._operator import PyTorchLinearOperator, check_strategy
-from curvlinops._rules import apply_rule, operation, rule
+from curvlinops._operator import PyTorchLinearOperator, check_strategy, matmat_each
+from curvlinops._rules import apply_rule, batched, operation, rule
 from curvlinops._saving import saveable
 from curvlinops._scalars import Scalar, conj, is_real, magnitude
 from curvlinops._tensors import real_power
@@ -117,6 +117,18 @@ def _scale(operator: PyTorchLinearOperator, scalar: Scalar) -> PyTorchLinearOper
 def _scale_scaled(operator: ScaledLinearOperator, scalar: Scalar) -> PyTorchLinearOperator:
     """``t (s A) = (t s) A``."""
     return (scalar * operator.scalar) * operator.operator
+
+
+@batched(ScaledLinearOperator)
+def _multiply_each(operators: list[ScaledLinearOperator], X: Columns, adjoint: bool) -> Any:
+    """Multiply the operators at once, if the scalars are the same."""
+    scalar = operators[0].scalar
+    if not is_real(scalar) and not all(keeps_dtype(op) for op in operators):
+        return NotImplemented
+    if not all(same_number(op.scalar, scalar) for op in operators):
+        return NotImplemented
+    Y = matmat_each([op.operator for op in operators], X, adjoint)
+    return [(conj(scalar) if adjoint else scalar) * y for y in Y]
 
 
 def unscale(operator: PyTorchLinearOperator) -> tuple[Scalar, PyTorchLinearOperator]:

@@ -9,10 +9,15 @@ from torch import Tensor
 
 from curvlinops._algebra.identity import IdentityLinearOperator
 from curvlinops._algebra.scaling import ScaledLinearOperator, keeps_dtype, unscale
-from curvlinops._algebra.wrappers import ScalarWrapper, number_text
+from curvlinops._algebra.wrappers import ScalarWrapper, number_text, same_number
 from curvlinops._formats import Columns, describe
-from curvlinops._operator import PyTorchLinearOperator, check_same, check_strategy
-from curvlinops._rules import apply_rule, operation, rule
+from curvlinops._operator import (
+    PyTorchLinearOperator,
+    check_same,
+    check_strategy,
+    matmat_each,
+)
+from curvlinops._rules import apply_rule, batched, operation, rule
 from curvlinops._saving import saveable
 from curvlinops._scalars import Scalar, conj, magnitude
 from curvlinops._tensors import NotHermitianError
@@ -156,6 +161,25 @@ class ShiftedLinearOperator(ScalarWrapper):
 
     def _formula(self) -> str:
         return f"{self.operator._formula()} + {number_text(self.shift)} * I"
+
+
+@batched(SumLinearOperator)
+def _multiply_sums(operators: list[SumLinearOperator], X: Columns, adjoint: bool) -> Any:
+    """Multiply the first terms at once, the second terms at once, and so on."""
+    if len({len(op.operators) for op in operators}) > 1:
+        return NotImplemented
+    terms = zip(*(op.operators for op in operators), strict=True)
+    return [sum(ys) for ys in zip(*(matmat_each(t, X, adjoint) for t in terms), strict=True)]
+
+
+@batched(ShiftedLinearOperator)
+def _multiply_shifted(operators: list[ShiftedLinearOperator], X: Columns, adjoint: bool) -> Any:
+    """Multiply the operators at once, if the shifts are the same."""
+    shift = operators[0].shift
+    if not all(same_number(op.shift, shift) for op in operators):
+        return NotImplemented
+    Y = matmat_each([op.operator for op in operators], X, adjoint)
+    return [y + (conj(shift) if adjoint else shift) * x for y, x in zip(Y, X, strict=True)]
 
 
 def _as_shift(operator: PyTorchLinearOperator) -> Scalar | None:

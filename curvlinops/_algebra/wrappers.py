@@ -82,6 +82,13 @@ def scalar_for(
     return scalar.to(device=device, dtype=dtype)
 
 
+def same_number(a: Scalar, b: Scalar) -> bool:
+    """Return whether two scalars are known to be equal (tensors are not read)."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b
+    return a == b
+
+
 def number_text(value: Scalar) -> str:
     """Return a scalar as text; one without data, as for map_location="meta", as a letter."""
     if isinstance(value, Tensor):

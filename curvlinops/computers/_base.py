@@ -2,31 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from curvlinops._random import RandomSource
 from curvlinops._scalars import as_integer
-from curvlinops.computers.plan import GroupPlan
+from curvlinops.computers.arrangement import BATCH_FIRST, Arrangement, find_arrangement
+from curvlinops.computers.ggn_diagonal import GGNDiagonalComputer
+from curvlinops.computers.layers import LAYERS
+from curvlinops.computers.per_example import first_examples, structure
+from curvlinops.computers.plan import GroupPlan, MisfitError, plan_groups
+from curvlinops.computers.positions import Positions
+from curvlinops.computers.statistics import CovarianceStatistic, Factor
+from curvlinops.computers.usages import Usage
 from curvlinops.computers.vectors import check_terms, loss_vectors
+from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.kfac_utils import FisherType, KFACType, ParamGroup
 from curvlinops.risk import Batch, EmpiricalRisk, Loss, loss_entry
 from curvlinops.risk.data import TermCounter
 from curvlinops.risk.model import FunctionalModel
 
-__all__ = ["KFACComputer", "ParamGroup"]
+__all__ = ["KFACComputer", "ParamGroup", "Statistic", "stacked"]
 
 Key = tuple[str, ...]
 """The names of a group's parameters."""
+
+
+class Statistic(Protocol):
+    """What listens to the events of a collector."""
+
+    def on_input(self, usage: Usage, index: int, positions: Positions) -> None:
+        """A layer was called, for the ``index``-th time in this way in this batch."""
+
+    def end_of_forward(self) -> None:
+        """All layers of a batch were called."""
+
+    def on_gradient(self, usage: Usage, index: int, gradient: Tensor) -> None:
+        """The gradients ``[V, n, S, d_out]`` of V loss vectors at a layer's output exist."""
+
+    def end_of_backward(self) -> None:
+        """All gradients of a back-propagation were computed."""
+
+    def end_of_batch(self) -> None:
+        """All vectors of a batch were back-propagated."""
 
 
 class KFACComputer:
     """Computes the Kronecker factors of KFAC.
 
     The arguments are those of :class:`~curvlinops.KFACLinearOperator`, and described there. A
-    subclass implements :meth:`compute`.
+    subclass implements :meth:`_observe` and :meth:`_gather`.
     """
 
     def __init__(
@@ -46,6 +74,7 @@ class KFACComputer:
         num_data: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
         *,
+        unsupported: str = "raise",
         loss_terms: str = "signs",
         max_factor_size: int = 8192,
     ):
@@ -63,6 +92,8 @@ class KFACComputer:
             )
         if loss_terms not in ("signs", "exact"):
             raise ValueError(f"loss_terms must be 'signs' or 'exact', got {loss_terms!r}.")
+        if unsupported not in ("raise", "diagonal"):
+            raise ValueError(f"unsupported must be 'raise' or 'diagonal', got {unsupported!r}.")
         if max_factor_size < 1:
             raise ValueError(f"max_factor_size must be positive, got {max_factor_size}.")
         self.mc_samples = mc_samples
@@ -70,14 +101,41 @@ class KFACComputer:
         self.max_factor_size = max_factor_size
         self.separate_weight_and_bias = separate_weight_and_bias
         self._num_per_example_loss_terms = num_per_example_loss_terms
+        self.unsupported = unsupported
         self._random = RandomSource(seed)
-        self._plans = self._plan(model_func, params)
+        self._usages: dict[Usage, None] = {}
+        self._diagonal: set[str] = set()  # parameters that get a diagonal block
+        self._arrangements: dict[tuple[Usage, int], Arrangement] = {}
+        self._seen: set[Any] = set()  # structures of batches
+        FunctionalModel(model_func, params)  # raises if they do not fit
+        self._check_model(model_func)
         self.loss: Loss = loss_entry(loss_func)[0]
         if not self.loss.closed_form:
             raise NotImplementedError(
                 f"{self.loss.name} has no closed forms, which KFAC needs: use nn.MSELoss, "
                 "nn.CrossEntropyLoss or nn.BCEWithLogitsLoss, or add the loss with register_loss."
             )
+        self._arguments: dict[str, Any] = {
+            "model_func": model_func,
+            "loss_func": loss_func,
+            "data": data,
+            "progressbar": progressbar,
+            "batch_size_fn": batch_size_fn,
+        }
+        if check_deterministic:  # first, as this is cheaper
+            self.risk = EmpiricalRisk(
+                model_func,
+                loss_func,
+                params,
+                data,
+                check_deterministic=False,
+                num_data=1 if num_data is None else num_data,
+                batch_size_fn=batch_size_fn,
+            )
+            with self.risk.undisturbed():
+                for batch in self.risk.batches("Looking at the model"):
+                    self._look(batch, always=True)
+                    break
         self.risk = EmpiricalRisk(
             model_func,
             loss_func,
@@ -89,27 +147,150 @@ class KFACComputer:
             batch_size_fn=batch_size_fn,
         )
 
-    def _plan(self, model_func: Any, params: Any) -> list[GroupPlan]:
-        """Check the parameters, then plan: before any pass over the data."""
-        FunctionalModel(model_func, params)
-        return self._make_plans(model_func, params)
+    # ---- what a backend implements ---------------------------------------------------------------
+    def _check_model(self, model_func: Any) -> None:
+        """Raise if the backend cannot run the model."""
 
-    def _make_plans(self, model_func: Any, params: dict[str, Tensor]) -> list[GroupPlan]:
-        """Return how each group of parameters is treated; refuse what is not supported."""
-        raise NotImplementedError(f"{type(self).__name__} does not implement _make_plans.")
+    def _observe(
+        self, X: Any, n: int, on_call: Callable[[Usage, int, Tensor], None]
+    ) -> tuple[Tensor, Iterable[Usage], dict[str, str]]:
+        """Evaluate the model on n examples without derivatives.
 
-    @property
-    def mapping(self) -> list[ParamGroup]:
-        """The groups of parameters, one for each block."""
-        return [dict(plan.group) for plan in self._plans]
+        Args:
+            X: Their input.
+            n: Their number.
+            on_call: Called with the input of each layer: usage, number of the call in this way, and
+                the input.
+
+        Returns:
+            The prediction, how the model uses its parameters in layers, and the other uses: names
+            of parameters, and by which function.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement _observe.")
+
+    def _gather(self, statistic: Statistic, what: str, signs: str) -> Tensor | float:
+        """Give a statistic the events of one pass over the data; return the loss's scale.
+
+        Args:
+            statistic: The statistic.
+            what: What the progress bar says.
+            signs: What the random signs are drawn for, see :data:`~curvlinops._random.PURPOSES`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement _gather.")
+
+    # ---- how the model uses its parameters -------------------------------------------------------
+    def _look(self, batch: Batch, always: bool = False) -> None:
+        """Find out how the model uses its parameters, and where examples are, from few of them.
+
+        This is done for the first batch of each structure.
+        """
+        signature = structure(batch.X)
+        if signature in self._seen and not always:
+            return
+        self._seen.add(signature)
+        if batch.n == 1:
+            if always:
+                self._note(*self._observe(batch.X, 1, lambda *_: None)[1:])
+            return
+        inputs: list[dict[tuple[Usage, int], Tensor]] = [{}, {}]
+        try:
+            for k, calls in enumerate(inputs, start=1):
+                few = first_examples(batch.X, batch.n, k)
+                if few is None:  # the examples are not in the first axis of any tensor
+                    break
+                predicted, *uses = self._observe(
+                    few, k, lambda usage, index, x, calls=calls: calls.update({(usage, index): x})
+                )
+        except Exception:  # whatever a model does with few examples
+            few = None
+        if few is None:
+            if always:
+                self._note(*self._observe(batch.X, batch.n, lambda *_: None)[1:])
+            return
+        self._note(*uses)
+        both = inputs[0].keys() & inputs[1].keys()
+        found = {call: find_arrangement(inputs[0][call], inputs[1][call]) for call in both}
+        self._arrangements.update({c: where for c, where in found.items() if where != BATCH_FIRST})
+        if any(where.axis is None for where in found.values()):
+            self._check_spreading(few, predicted, found)
+
+    def _check_spreading(
+        self, X: Any, expected: Tensor, found: dict[tuple[Usage, int], Arrangement]
+    ) -> None:
+        """Refuse layers of inputs without examples if the model cannot do with one each."""
+        try:
+            actual, *_ = self._observe(X, 2, lambda *_: None)
+            same = actual.shape == expected.shape
+            same = same and torch.allclose(actual, expected, rtol=1e-3, atol=1e-5)
+        except Exception:  # whatever a model does with another shape
+            same = False
+        if not same:
+            parts = [
+                part
+                for (usage, _), where in found.items()
+                if where.axis is None
+                for part in (usage.weight, usage.bias)
+                if part is not None
+            ]
+            reason = "its layer's input is the same for all examples"
+            self._note([], {part.name: reason for part in parts})
+
+    def _note(self, usages: Iterable[Usage], other_uses: dict[str, str]) -> None:
+        """Note how the model uses its parameters; raise if that is not supported."""
+        new = [usage for usage in usages if usage not in self._usages]
+        if not new and self._diagonal.issuperset(other_uses):
+            return
+        self._usages.update(dict.fromkeys(new))
+        self._refuse(other_uses)
+        while True:
+            try:
+                self._make_plans()
+                return
+            except MisfitError as error:
+                self._refuse(error.problems)
+
+    def _refuse(self, reasons: dict[str, str]) -> None:
+        """Raise, or let the parameters have a diagonal block, as the user wants."""
+        reasons = {name: why for name, why in reasons.items() if name not in self._diagonal}
+        if not reasons:
+            return
+        if self.unsupported == "raise":
+            ordered = sorted(reasons, key=list(self.risk.params).index)
+            listing = ", ".join(f"{name!r} ({reasons[name]})" for name in ordered)
+            supported = ", ".join(layer.name for layer in LAYERS)
+            raise NotImplementedError(
+                f"These parameters are not in supported layers: {listing}. Supported: {supported}. "
+                "Leave them out of params to treat them as constants, or use "
+                "unsupported='diagonal'."
+            )
+        self._diagonal.update(reasons)
+
+    def _make_plans(self) -> list[GroupPlan]:
+        """Return how each group of parameters is treated, as far as is known."""
+        return plan_groups(
+            self._usages, self.risk.params, self.separate_weight_and_bias, self._diagonal
+        )
 
     @property
     def plans(self) -> list[GroupPlan]:
-        """How each group is treated, in the order of :attr:`mapping`."""
-        return list(self._plans)
+        """How each group is treated, in the order of :attr:`mapping`; complete after a pass."""
+        return self._make_plans()
+
+    @property
+    def mapping(self) -> list[ParamGroup]:
+        """The groups of parameters, one for each block; complete after a pass."""
+        return [dict(plan.group) for plan in self.plans]
+
+    # ---- computation -----------------------------------------------------------------------------
+    def _statistic(self) -> CovarianceStatistic:
+        """Return a new statistic."""
+        shapes = {name: p.shape for name, p in self.risk.params.items()}
+        return CovarianceStatistic(
+            shapes, self.kfac_approx, self.max_factor_size, self.separate_weight_and_bias
+        )
 
     def _vectors(
-        self, batch: Batch, F: Tensor, targets: Any, counter: TermCounter
+        self, batch: Batch, F: Tensor, targets: Any, counter: TermCounter, signs: str = "signs"
     ) -> Iterator[Tensor]:
         """Return the loss vectors ``[m, C]`` to back-propagate for a batch."""
         num_terms, _ = F.shape
@@ -123,8 +304,43 @@ class KFACComputer:
             per_example=per_example,
             loss_terms=self.loss_terms,
             random=self._random,
+            signs=signs,
             first_term=counter.advance(num_terms),
         )
+
+    def blocks(self) -> dict[Key, list[tuple[Factor, Factor | None]]]:
+        """Compute the factors in one pass over the data.
+
+        Returns:
+            For each group, by the tuple of its parameters' names: the pairs of gradient and input
+            factor of its blocks (one for each channel group, or part of a weight). A bias alone and
+            a normalisation layer have no input factor.
+        """
+        statistic = self._statistic()
+        scale = self._gather(statistic, "KFAC factors", "signs")
+        like = next(iter(self.risk.params.values())).detach()
+        identity = self.fisher_type is FisherType.FORWARD_ONLY
+        diagonals = self._diagonal_blocks()
+        return {
+            plan.key: [(diagonals[plan.key[0]], None)]
+            if plan.diagonal
+            else statistic.factors(plan, scale, like, identity)
+            for plan in self.plans
+        }
+
+    def _diagonal_blocks(self) -> dict[str, DiagonalLinearOperator]:
+        """Return the exact diagonal of the GGN for parameters that are in no supported layer."""
+        if not self._diagonal:
+            return {}
+        params = {name: p for name, p in self.risk.params.items() if name in self._diagonal}
+        computer = GGNDiagonalComputer(
+            **self._arguments,
+            params=params,
+            check_deterministic=False,
+            num_data=self.risk.num_data,
+        )
+        entries = computer.compute()
+        return {name: DiagonalLinearOperator([d.flatten()]) for name, d in entries.items()}
 
     def compute(self) -> tuple[dict[Key, Any], dict[Key, Any], list[ParamGroup]]:
         """Compute the factors in one pass over the data.
@@ -132,6 +348,22 @@ class KFACComputer:
         Returns:
             Input covariances, gradient covariances (dicts keyed by the tuple of a group's parameter
             names; a bias alone has no input covariance), and the list of groups. A covariance is a
-            tensor, or a diagonal operator where it is wider than ``max_factor_size``.
+            tensor, or a diagonal operator where it is wider than ``max_factor_size``. For a weight
+            with several blocks, it is a tensor ``[g, d, d]``, or a list if they have different
+            sizes or are diagonal.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not implement compute.")
+        inputs, gradients = {}, {}
+        for key, blocks in self.blocks().items():
+            gradients[key] = stacked([B for B, _ in blocks])
+            if blocks[0][1] is not None:
+                inputs[key] = stacked([A for _, A in blocks])
+        return inputs, gradients, self.mapping
+
+
+def stacked(factors: list[Factor]) -> Any:
+    """Return a single factor as it is, and several in one tensor, if they fit into one."""
+    if len(factors) == 1:
+        return factors[0]
+    shapes = {factor.shape for factor in factors if isinstance(factor, Tensor)}
+    all_tensors = all(isinstance(factor, Tensor) for factor in factors)
+    return torch.stack(factors) if all_tensors and len(shapes) == 1 else factors

@@ -1,74 +1,75 @@
-"""The collector that listens to a module's layers with hooks."""
+"""The collector that listens to a model's layers while it runs, with hooks on their outputs."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 
-from curvlinops.computers.layers import LayerRule
+from curvlinops.computers.arrangement import BATCH_FIRST, Arrangements, spread
+from curvlinops.computers.layers import read_function
 from curvlinops.computers.positions import Positions
+from curvlinops.computers.usages import Parameters, Usage, tensors_in
 
 
 class HooksCollector:
     """Reports the inputs of layers in the forward pass and the gradients of their outputs.
 
-    Gradients are reported as the backward pass reaches a layer and not kept. Weights need no
-    gradients: the graph starts at the layers' outputs, which are made to depend on a root. A layer
-    that the model calls without recording gradients does not count as a use of its parameters.
+    A layer is a function of PyTorch that the model calls with parameters: see
+    :mod:`curvlinops.computers.layers`. Gradients are reported as the backward pass reaches a layer
+    and not kept. Weights need no gradients: the graph starts at the layers' outputs, which are made
+    to depend on a root. A layer that the model calls without recording gradients does not count as
+    a use of its parameters.
 
     Args:
-        layers: Module and rule of each layer, by name.
-        on_input: Called with a layer's name, the number of the call in this batch (a layer can be
-            called repeatedly), and the positions.
-        on_gradient: Called with a layer's name, the number of the call, and the output gradients of
-            V loss vectors ``[V, n, S, d_out]``.
+        arrangements: Where the examples are in the calls of layers, if not in the first axis. The
+            output of a layer whose input is the same for all examples is made one for each.
+        on_call: Called with a usage, the number of the call, and the layer's input.
+        on_input: Called with a usage, the number of the call in this batch (a layer can be called
+            repeatedly), and the positions.
+        on_gradient: Called with a usage, the number of the call, and the output gradients of V loss
+            vectors ``[V, n, S, d_out]``.
     """
 
     def __init__(
         self,
-        layers: dict[str, tuple[nn.Module, LayerRule]],
-        on_input: Callable[[str, int, Positions], None],
-        on_gradient: Callable[[str, int, Tensor], None],
+        arrangements: Arrangements,
+        on_call: Callable[[Usage, int, Tensor], None] | None = None,
+        on_input: Callable[[Usage, int, Positions], None] | None = None,
+        on_gradient: Callable[[Usage, int, Tensor], None] | None = None,
     ):
-        self._layers = layers
+        self._arrangements = arrangements
+        self._on_call = on_call
         self._on_input = on_input
         self._on_gradient = on_gradient
         self._root = torch.empty(0)
-        self._calls: dict[str, int] = {}
+        self._n = 0
+        #: How often each usage occurred in this batch.
+        self.calls: dict[Usage, int] = {}
+        #: Parameters that are used in other ways in this batch, and by which function.
+        self.other_uses: dict[str, str] = {}
 
     @contextmanager
     def listening(self, params: dict[str, Tensor], n: int) -> Iterator[None]:
         """Listen to a forward pass of n examples.
 
         Args:
-            params: The tensors at which the model is evaluated, without gradients. Their use
-                outside of the layers, which hooks do not see, is an error.
+            params: The tensors at which the model is evaluated, without gradients.
             n: The number of examples.
         """
         device = next(iter(params.values())).device
         self._root = torch.empty(0, device=device, requires_grad=True)
-        self._calls = {}
-        watch = _ParameterWatch(params)
-        handles: list[RemovableHandle] = []
-        try:
-            for name, (module, rule) in self._layers.items():
-                # the user's hooks are outside: last before the layer, and first after it, so that
-                # the hook sees the layer's own output
-                handles.append(module.register_forward_pre_hook(watch.enter))
-                hook = self._forward_hook(name, rule, n, watch)
-                handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
-            with watch:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._n = n
+        self.calls, self.other_uses = {}, {}
+        with _Watch(self, Parameters(params)):
+            yield
 
     def backward(self, F: Tensor, vector: Tensor, last: bool) -> None:
         """Back-propagate a loss vector to the layers' outputs.
@@ -82,36 +83,39 @@ class HooksCollector:
             return  # the prediction depends on none of the layers
         torch.autograd.grad(F, self._root, vector, retain_graph=not last, allow_unused=True)
 
-    def _forward_hook(
-        self, name: str, rule: LayerRule, n: int, watch: _ParameterWatch
-    ) -> Callable[..., Tensor | None]:
-        """Return the hook for one layer."""
+    def on_call(self, usage: Usage, x: Tensor, output: Tensor) -> Tensor:
+        """A layer was called; return its output."""
+        if _is_checkpointed():
+            raise NotImplementedError(
+                f"{usage.label} is inside of torch.utils.checkpoint, where hooks do not see its "
+                "gradients: disable activation checkpointing while factors are computed."
+            )
+        if not torch.is_grad_enabled():
+            return output  # the prediction's derivative does not see this call
+        index = self.calls.get(usage, 0)
+        self.calls[usage] = index + 1
+        n, form = self._n, usage.format
+        where = self._arrangements.get((usage, index), BATCH_FIRST)
+        with torch.no_grad():
+            if self._on_call is not None:
+                self._on_call(usage, index, x.detach())
+            if self._on_input is not None:
+                inputs = where.examples_first(x.detach(), n)
+                self._on_input(usage, index, form.positions(inputs, n, usage.label))
+        if where.axis is None:
+            output, where = spread(output, n).clone(), BATCH_FIRST
 
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> Tensor | None:
-            watch.leave()
-            if _is_checkpointed():
-                raise NotImplementedError(
-                    f"Layer {name!r} is inside of torch.utils.checkpoint, where hooks do not see "
-                    "its gradients: disable activation checkpointing while factors are computed."
-                )
-            if not torch.is_grad_enabled():
-                return None  # the prediction's derivative does not see this call
-            usage = self._calls.get(name, 0)
-            self._calls[name] = usage + 1
-            (x,) = (*args, *kwargs.values())
+        def on_gradient(gradient: Tensor) -> None:
             with torch.no_grad():
-                self._on_input(name, usage, rule.positions(module, x.detach(), n, name))
+                gradient = where.examples_first(gradient, n)
+                shared = form.gradients(gradient, n, usage.label).unsqueeze(0)
+                assert self._on_gradient is not None
+                self._on_gradient(usage, index, shared)
 
-            def on_gradient(gradient: Tensor) -> None:
-                with torch.no_grad():
-                    shared = rule.gradients(gradient, n, name).unsqueeze(0)
-                    self._on_gradient(name, usage, shared)
-
-            return _Listen.apply(output, self._root, on_gradient)
-
-        return hook
+        if self._on_gradient is None:
+            return output
+        listened: Tensor = _Listen.apply(output, self._root, on_gradient)
+        return listened
 
 
 def _is_checkpointed() -> bool:
@@ -143,61 +147,80 @@ class _Listen(torch.autograd.Function):
         return gradient, None, None
 
 
-class _ParameterWatch(TorchFunctionMode):
-    """Raises if a parameter is used outside of its layer's forward pass."""
+class _Watch(TorchFunctionMode):
+    """Sees the functions that a model calls."""
 
-    def __init__(self, params: dict[str, Tensor]):
+    def __init__(self, collector: HooksCollector, params: Parameters):
         super().__init__()
-        self._names = {id(tensor): name for name, tensor in params.items()}
-        self._depth = 0
-
-    def enter(self, module: nn.Module, inputs: Any) -> None:
-        """A layer's forward pass begins."""
-        self._depth += 1
-
-    def leave(self) -> None:
-        """A layer's forward pass is over."""
-        self._depth -= 1
+        self._collector = collector
+        self._params = params
+        self._constants: dict[int, Tensor] = {}  # views of parameters that are detached
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if self._depth == 0 and _differentiable(func, result):
-            for arg in _tensors(args[:1] if _converts(func) else (*args, *kwargs.values())):
-                if id(arg) in self._names:
-                    raise NotImplementedError(
-                        f"The parameter {self._names[id(arg)]!r} is used outside of the forward "
-                        f"pass of its layer (by {getattr(func, '__name__', func)}), where hooks "
-                        "do not see it. Leave it out of params, or call the layer instead."
-                    )
-        return result
+        if func is functional.multi_head_attention_forward:
+            with self:  # what it calls is hidden from modes otherwise
+                return _open_attention(*args, **kwargs)
+        involved = self._involved(args, kwargs)
+        if not involved:
+            output = func(*args, **kwargs)
+            self._note_constants(output)
+            return output
+        call = read_function(func, args, kwargs)
+        usage = None if call is None else self._params.usage(call)
+        output = func(*args, **kwargs)
+        if _detaches(func):
+            self._note_constants(output)
+            return output
+        if usage is not None and (usage.weight or usage.bias):
+            assert call is not None
+            return self._collector.on_call(usage, call.x, output)
+        if self._depends(func, args, output):
+            for name in involved:
+                function = getattr(func, "__name__", str(func))
+                self._collector.other_uses.setdefault(name, f"used by {function}")
+        return output
+
+    def _involved(self, *values: Any) -> set[str]:
+        """Return the parameters among arguments that are not detached."""
+        tensors = [x for x in tensors_in(values) if id(x) not in self._constants]
+        return self._params.involved(tensors)
+
+    def _note_constants(self, output: Any) -> None:
+        """Note the detached views among results; they are held, so that their ids stay theirs."""
+        for x in tensors_in([output]):
+            if self._params.owners(x):
+                self._constants[id(x)] = x
+
+    def _depends(self, func: Any, args: Any, result: Any) -> bool:
+        """Return whether a function's result depends on parameters in a differentiable way.
+
+        A view of a parameter does not count: what matters is how the view is used.
+        """
+        name = getattr(func, "__name__", "")
+        if name.startswith("new_") or name.endswith("_like"):
+            return False
+        if (name == "to" or name.endswith("_as")) and not self._involved(args[:1]):
+            return False  # brings something to the dtype, ... of a parameter
+        results = [x for x in tensors_in([result]) if x.is_floating_point() or x.is_complex()]
+        return not all(self._params.owners(x) for x in results)
 
 
-def _differentiable(func: Any, result: Any) -> bool:
-    """Return whether a function's result depends on its arguments in a differentiable way."""
+# The function itself, in a copy of its module where it does not ask for modes.
+_open_attention = FunctionType(
+    functional.multi_head_attention_forward.__code__,
+    {**vars(functional), "has_torch_function": lambda tensors: False},
+    argdefs=functional.multi_head_attention_forward.__defaults__,
+)
+
+
+def _detaches(func: Any) -> bool:
+    """Return whether a function returns its argument as a constant."""
     name = getattr(func, "__name__", "")
     owner = getattr(getattr(func, "__self__", None), "__name__", "")
-    if name == "detach" or name.startswith("new_") or name.endswith("_like"):
-        return False
-    if name == "__get__" and owner in ("data", "grad"):
-        return False
-    return any(tensor.is_floating_point() for tensor in _tensors([result]))
+    return name == "detach" or (name == "__get__" and owner in ("data", "grad"))
 
 
-def _converts(func: Any) -> bool:
-    """Return whether a function brings its first argument to the dtype, ... of another one."""
-    name = getattr(func, "__name__", "")
-    return name == "to" or name.endswith("_as")
-
-
-def _tensors(items: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors in nested lists, tuples and dicts."""
-    for item in items:
-        if isinstance(item, Tensor):
-            yield item
-        elif isinstance(item, (list, tuple)):
-            yield from _tensors(item)
-        elif isinstance(item, dict):
-            yield from _tensors(item.values())
+__all__ = ["HooksCollector"]

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvlinops.computers._base import Key, KFACComputer
+from curvlinops.computers._base import KFACComputer, Statistic
 from curvlinops.computers.hooks import HooksCollector
-from curvlinops.computers.plan import GroupPlan, plan_groups
-from curvlinops.computers.statistics import CovarianceStatistic
-from curvlinops.kfac_utils import FisherType, ParamGroup
+from curvlinops.computers.usages import Usage
 from curvlinops.risk import Batch
 
 
@@ -22,44 +21,51 @@ class HooksKFACComputer(KFACComputer):
     pass, as soon as they exist; none is kept, and no gradient of a weight is computed.
     """
 
-    def _make_plans(self, model_func: Any, params: dict[str, Tensor]) -> list[GroupPlan]:
-        """Find the layers of the parameters."""
+    def _check_model(self, model_func: Any) -> None:
+        """Raise if the backend cannot run the model."""
         if not isinstance(model_func, nn.Module):
             raise ValueError(
                 f"The backend 'hooks' needs an nn.Module, got {type(model_func).__name__}: pass "
-                "the module, and the values of its parameters in params."
+                "the module, and the values of its parameters in params; or use "
+                "backend='make_fx'."
             )
-        plans, self._layers = plan_groups(model_func, params, self.separate_weight_and_bias)
-        return plans
 
-    def compute(self) -> tuple[dict[Key, Any], dict[Key, Any], list[ParamGroup]]:
-        """Compute the factors in one pass over the data; see the base class."""
-        statistic = CovarianceStatistic(self._plans, self.kfac_approx, self.max_factor_size)
-        collector = HooksCollector(self._layers, statistic.on_input, statistic.on_gradient)
+    def _observe(self, X: Any, n: int, on_call: Any) -> tuple[Tensor, Iterable[Usage], Any]:
+        """Evaluate the model; see the base class."""
+        collector = HooksCollector(self._arrangements, on_call)
+        prediction = self._listen(collector, X, n)
+        return prediction.detach(), collector.calls, collector.other_uses
+
+    def _listen(self, collector: HooksCollector, X: Any, n: int) -> Tensor:
+        """Evaluate the model while a collector listens."""
+        params = {name: p.detach() for name, p in self.risk.params.items()}
+        with self.risk.watching(), collector.listening(params, n):
+            return self.risk.predict(params, X)
+
+    def _gather(self, statistic: Statistic, what: str, signs: str) -> Tensor | float:
+        """Pass over the data; see the base class."""
+        collector = HooksCollector(
+            self._arrangements, on_input=statistic.on_input, on_gradient=statistic.on_gradient
+        )
         counter = self.risk.term_counter()
 
         def visit(batch: Batch) -> Tensor | float:
-            params = {name: p.detach() for name, p in self.risk.params.items()}
-            with self.risk.watching(), collector.listening(params, batch.n):
-                prediction = self.risk.predict(params, batch.X)
+            self._look(batch)
+            prediction = self._listen(collector, batch.X, batch.n)
+            self._note(collector.calls, collector.other_uses)
             statistic.end_of_forward()
             F, targets = self.loss.terms(prediction, batch.y)
-            vectors = self._vectors(batch, F, targets, counter)
-            for vector, last in _mark_last(vectors):
+            for vector, last in _mark_last(self._vectors(batch, F, targets, counter, signs)):
                 collector.backward(F, vector, last)
                 statistic.end_of_backward()
+            statistic.end_of_batch()
             with torch.no_grad():
                 return self.loss.normalizer(F.detach(), targets, batch.n)
 
-        scale = self.risk.for_each_batch(visit, "KFAC factors")
-        like = next(iter(self.risk.params.values())).detach()
-        inputs, gradients = statistic.finish(scale, like)
-        if self.fisher_type is FisherType.FORWARD_ONLY:
-            gradients = statistic.identities(like)
-        return inputs, gradients, self.mapping
+        return self.risk.for_each_batch(visit, what)
 
 
-def _mark_last(items: Any) -> Any:
+def _mark_last(items: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
     """Yield (item, whether it is the last one)."""
     iterator = iter(items)
     try:

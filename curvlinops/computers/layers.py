@@ -1,123 +1,305 @@
-"""The table of layers that KFAC supports: one entry per type says all there is to know about it.
+"""The table of layers that KFAC supports: one entry per function says all there is to know of it.
 
-Collectors ask the table only. A new layer type is a new entry.
+Collectors see functions of PyTorch and their arguments, wherever a model calls them: in a module of
+PyTorch, in one of the user's, or without any module. They ask this table only. A new kind of layer
+is a new entry.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
-from einops import rearrange
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 from torch.nn import functional
 
-from curvlinops.computers.positions import Positions, split_examples
-from curvlinops.kfac_utils import Layout, extract_averaged_patches
+from curvlinops.computers.formats import (
+    ChannelNormFormat,
+    ConvolutionFormat,
+    EmbeddingFormat,
+    Format,
+    NormFormat,
+    TransposedConvolutionFormat,
+)
+
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class LayerRule:
-    """What KFAC must know of a layer type.
+class Call:
+    """A call of a layer: its input, its parameters (or parts or transposes of them), its format."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    format: Format
+
+
+#: Takes a function's arguments; returns None for a call that is not that of a layer.
+Parser = Callable[..., Call | None]
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """What KFAC must know of a kind of layer.
 
     Attributes:
         name: Its name in messages.
-        module_type: The module class; subclasses count as long as they keep its forward pass.
-        positions: ``(module, input, n, name) -> Positions``: the inputs in weight-sharing format.
-        gradients: ``(gradient, n, name) -> [n, S, d_out]``: the output gradients in that format.
-        refuse: ``module -> reason or None``: why a module of this type is not supported.
-        layout: How the weight is stored if not ``[d_out, *d_in]``.
+        functions: The functions of PyTorch that compute it, as ``__torch_function__`` sees them,
+            each with what reads its arguments.
+        operations: The same for the operations that ``make_fx`` traces.
     """
 
     name: str
-    module_type: type[nn.Module]
-    positions: Callable[[Any, Tensor, int, str], Positions]
-    gradients: Callable[[Tensor, int, str], Tensor]
-    refuse: Callable[[Any], str | None] = lambda _: None
-    layout: Callable[[Any], Layout | None] = lambda _: None
-
-    def matches(self, module: nn.Module) -> bool:
-        """Return whether the rule is about a module: whether it runs the same code."""
-        if "forward" in vars(module):
-            return False
-        names = ("__call__", "forward", "_conv_forward")
-        return isinstance(module, self.module_type) and all(
-            getattr(type(module), name, None) is getattr(self.module_type, name, None)
-            for name in names
-        )
+    functions: dict[Any, Parser]
+    operations: dict[Any, Parser]
 
 
-def _linear_positions(module: nn.Linear, x: Tensor, n: int, name: str) -> Positions:
-    """Every leading axis but that of the examples is a position."""
-    inputs = split_examples(x, n, name)
-    return Positions(inputs.shape[1], lambda: inputs)
+# --------------------------------------------------------------------------------------------------
+# How arguments are read
+# --------------------------------------------------------------------------------------------------
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
+    """Read ``functional.linear``."""
+    return Call(input, weight, bias, Format()) if weight.ndim == 2 else None
 
 
-def _linear_gradients(gradient: Tensor, n: int, name: str) -> Tensor:
-    return split_examples(gradient, n, name)
+def _matmul(input: Tensor, other: Tensor) -> Call | None:
+    """Read a product whose right factor is a weight, stored as ``[d_in, d_out]``."""
+    if not isinstance(input, Tensor) or other.ndim != 2 or input.ndim == 0:
+        return None
+    return Call(input, other.T, None, Format())
 
 
-def _conv2d_positions(module: nn.Conv2d, x: Tensor, n: int, name: str) -> Positions:
-    """The patch of every output pixel is a position."""
-    if x.ndim == 3:  # an input without batch axis
-        x = x.unsqueeze(0)
-    x = _pad(module, x)
-    options: dict[str, Any] = {
-        "kernel_size": module.kernel_size,
-        "stride": module.stride,
-        "dilation": module.dilation,
-    }
-
-    def rows() -> Tensor:
-        patches = rearrange(functional.unfold(x, **options), "b d o -> b o d")
-        return split_examples(patches, n, name)
-
-    def mean() -> Tensor:
-        return split_examples(extract_averaged_patches(x, **options).unsqueeze(1), n, name).mean(1)
-
-    sizes = zip(x.shape[2:], module.kernel_size, module.stride, module.dilation, strict=True)
-    num_pixels = prod((i - d * (k - 1) - 1) // s + 1 for i, k, s, d in sizes)
-    return Positions(num_pixels * x.shape[0] // n, rows, mean)
+def _addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Call | None:
+    """Read ``torch.addmm``, with which the Conv1D of transformers computes."""
+    if alpha != 1 or beta != 1 or input.ndim != 1:
+        return None
+    return Call(mat1, mat2.T, input, Format())
 
 
-def _pad(module: nn.Conv2d, x: Tensor) -> Tensor:
-    """Pad an image as the convolution does."""
-    if isinstance(module.padding, str):
-        totals = [
-            d * (k - 1) if module.padding == "same" else 0
-            for d, k in zip(module.dilation, module.kernel_size, strict=True)
-        ]
-        sides = [(total // 2, total - total // 2) for total in totals]
+def _tuple(value: Any, d: int) -> tuple[int, ...]:
+    """Return an option of a convolution, one number or one for each axis, for d axes."""
+    numbers = tuple(value) if isinstance(value, Sequence) else (value,)
+    return numbers * d if len(numbers) == 1 else numbers
+
+
+def _convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Call:
+    """Read ``functional.conv*d``."""
+    kernel_size = tuple(weight.shape[2:])
+    d = len(kernel_size)
+    dilations = _tuple(dilation, d)
+    if isinstance(padding, str):
+        same = padding == "same"
+        totals = [i * (k - 1) * same for i, k in zip(dilations, kernel_size, strict=True)]
+        sides = tuple((total // 2, total - total // 2) for total in totals)
     else:
-        sides = [(int(p), int(p)) for p in module.padding]
-    amounts = [amount for side in reversed(sides) for amount in side]
-    if not any(amounts):
-        return x
-    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    return functional.pad(x, amounts, mode=mode)
+        sides = tuple((p, p) for p in _tuple(padding, d))
+    form = ConvolutionFormat(groups, kernel_size, _tuple(stride, d), sides, dilations)
+    return Call(input, weight, bias, form)
 
 
-def _conv2d_gradients(gradient: Tensor, n: int, name: str) -> Tensor:
-    if gradient.ndim == 3:
-        gradient = gradient.unsqueeze(0)
-    return split_examples(rearrange(gradient, "b c h w -> b (h w) c"), n, name)
+def _transposed_convolution(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Call:
+    """Read ``functional.conv_transpose*d``."""
+    kernel_size = tuple(weight.shape[2:])
+    options = [_tuple(x, len(kernel_size)) for x in (stride, padding, output_padding, dilation)]
+    return Call(input, weight, bias, TransposedConvolutionFormat(groups, kernel_size, *options))
 
 
-def _refuse_groups(module: nn.Conv2d) -> str | None:
-    return f"groups={module.groups}" if module.groups != 1 else None
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Call:
+    """Read ``functional.embedding``."""
+    size = weight.shape[0]
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += size
+    form = EmbeddingFormat(size=size, padding_idx=padding_idx, dtype=weight.dtype)
+    return Call(input, weight, None, form)
 
 
-LAYERS: list[LayerRule] = [
-    LayerRule("Linear", nn.Linear, _linear_positions, _linear_gradients),
-    LayerRule("Conv2d", nn.Conv2d, _conv2d_positions, _conv2d_gradients, refuse=_refuse_groups),
+def _embedding_operation(
+    weight: Tensor,
+    indices: Tensor,
+    padding_idx: int = -1,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Call:
+    """Read ``aten.embedding``, where -1 stands for no padding."""
+    return _embedding(indices, weight, None if padding_idx < 0 else padding_idx)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Call:
+    """Read ``functional.layer_norm``."""
+    return Call(input, weight, bias, NormFormat(1, "LayerNorm", tuple(normalized_shape), eps))
+
+
+def _rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Call:
+    """Read ``functional.rms_norm``."""
+    return Call(input, weight, None, NormFormat(1, "RMSNorm", tuple(normalized_shape), eps))
+
+
+def _group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Call:
+    """Read ``functional.group_norm``."""
+    return Call(input, weight, bias, ChannelNormFormat(1, "GroupNorm", num_groups, eps))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Call | None:
+    """Read ``functional.batch_norm``: a layer in evaluation mode only."""
+    if training or running_mean is None or running_var is None:
+        return None
+    form = ChannelNormFormat(1, "BatchNorm", 1, eps, (running_mean, running_var))
+    return Call(input, weight, bias, form)
+
+
+def _batch_norm_operation(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> Call | None:
+    """Read ``aten.batch_norm``."""
+    return _batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+# --------------------------------------------------------------------------------------------------
+# The table
+# --------------------------------------------------------------------------------------------------
+def _both(names: Sequence[str], parser: Parser) -> tuple[dict[Any, Parser], dict[Any, Parser]]:
+    """Return functions and operations of the same names and arguments."""
+    functions = {getattr(functional, name): parser for name in names}
+    operations = {
+        getattr(getattr(aten, name), overload): parser
+        for name in names
+        for overload in getattr(aten, name).overloads()
+        if overload in ("default", "padding", "input")
+    }
+    return functions, operations
+
+
+LAYERS: list[LayerType] = [
+    LayerType(
+        "Linear",
+        {
+            functional.linear: _linear,
+            **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), _matmul),
+            Tensor.__matmul__: _matmul,
+            torch.addmm: _addmm,
+        },
+        {
+            aten.linear.default: _linear,
+            aten.matmul.default: _matmul,
+            aten.mm.default: _matmul,
+            aten.addmm.default: _addmm,
+        },
+    ),
+    *(LayerType(f"Conv{d}d", *_both([f"conv{d}d"], _convolution)) for d in (1, 2, 3)),
+    *(
+        LayerType(f"ConvTranspose{d}d", *_both([f"conv_transpose{d}d"], _transposed_convolution))
+        for d in (1, 2, 3)
+    ),
+    LayerType(
+        "Embedding",
+        {functional.embedding: _embedding},
+        {aten.embedding.default: _embedding_operation},
+    ),
+    LayerType("LayerNorm", *_both(["layer_norm"], _layer_norm)),
+    LayerType("RMSNorm", *_both(["rms_norm"], _rms_norm)),
+    LayerType("GroupNorm", *_both(["group_norm"], _group_norm)),
+    LayerType(
+        "BatchNorm",
+        {functional.batch_norm: _batch_norm},
+        {aten.batch_norm.default: _batch_norm_operation},
+    ),
 ]
 
 
-def find_rule(module: nn.Module) -> LayerRule | None:
-    """Return the entry about a module, or None if there is none."""
-    return next((rule for rule in LAYERS if rule.matches(module)), None)
+def read_function(func: Any, args: Any, kwargs: Any) -> Call | None:
+    """Return a function's call as that of a layer, if it is one."""
+    for layer in LAYERS:
+        if func in layer.functions:
+            return layer.functions[func](*args, **kwargs)
+    return None
 
 
-__all__ = ["LAYERS", "LayerRule", "find_rule"]
+def read_operation(operation: Any, args: Any, kwargs: Any) -> Call | None:
+    """Return a traced operation as the call of a layer, if it is one."""
+    for layer in LAYERS:
+        if operation in layer.operations:
+            return layer.operations[operation](*args, **kwargs)
+    return None
+
+
+def register_layer(layer: LayerType) -> None:
+    """Add a kind of layer to those that KFAC and its relatives support.
+
+    Args:
+        layer: Its entry. An entry with functions of an earlier one replaces it.
+
+    Raises:
+        TypeError: If it is not a :class:`LayerType`.
+    """
+    if not isinstance(layer, LayerType):
+        raise TypeError(f"register_layer takes a LayerType, got {type(layer).__name__}.")
+    LAYERS.insert(0, layer)
+
+
+__all__ = ["LAYERS", "Call", "LayerType", "read_function", "read_operation", "register_layer"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
@@ -209,3 +209,26 @@ def _map_examples(X: Any, n: int, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(X, tuple) and hasattr(X, "_fields"):
         return type(X)(*(_map_examples(entry, n, function) for entry in X))
     return X
+
+
+def first_examples(X: Any, n: int, k: int) -> Any | None:
+    """Return the input of the first k of n examples; None if no tensor has an entry for each."""
+    found: list[Tensor] = []
+
+    def take(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor[:k]
+
+    few = _map_examples(X, n, take)
+    return few if found else None
+
+
+def structure(X: Any) -> Any:
+    """Return something hashable that inputs of the same shapes for each example share."""
+    if isinstance(X, Tensor):
+        return tuple(X.shape[1:]), X.dtype
+    if isinstance(X, Mapping):
+        return tuple((key, structure(X[key])) for key in X)
+    if isinstance(X, (list, tuple)):
+        return tuple(map(structure, X))
+    return type(X)

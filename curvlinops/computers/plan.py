@@ -1,14 +1,19 @@
-"""Which groups of parameters KFAC approximates together, and which layers use them."""
+"""Which groups of parameters KFAC approximates together, and how the model uses them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
+from itertools import pairwise
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from curvlinops.computers.layers import LAYERS, LayerRule, find_rule
+from curvlinops.computers.formats import Format, TransposedConvolutionFormat
+from curvlinops.computers.usages import Part, Usage
 from curvlinops.kfac_utils import Layout, ParamGroup
+
+#: Rows of a parameter in canonical form: start and stop.
+Rows = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -17,140 +22,238 @@ class GroupPlan:
 
     Attributes:
         group: Role to parameter name.
-        layers: Names of the modules that use the weight (or the bias, if it is alone).
-        biased: For a joint group, those of them that use its bias too.
-        rule: What is known about the layer type.
-        d_in: Width of the input factor, with the bias; 0 for a bias alone.
-        d_out: Width of the gradient factor.
+        usages: How the model uses the weight (or the bias, if it is alone); none if it does not.
+        tied: For a weight that is an embedding, too: those usages.
+        format: The format of the layers, which gives the canonical form.
+        blocks: The rows of each block of the weight (or of the bias alone).
+        d_out: Number of rows of all blocks.
+        d_in: Width of the input factor, with the bias; 0 if there is none.
         layout: How the weight is stored.
+        diagonal: Whether only the diagonal of the block is wanted, computed exactly.
     """
 
     group: ParamGroup
-    layers: tuple[str, ...]
-    biased: frozenset[str]
-    rule: LayerRule
-    d_in: int
+    usages: tuple[Usage, ...]
+    tied: tuple[Usage, ...]
+    format: Format
+    blocks: tuple[Rows, ...]
     d_out: int
+    d_in: int
     layout: Layout | None
+    diagonal: bool = False
 
     @property
     def key(self) -> tuple[str, ...]:
         """The names of the group's parameters."""
         return tuple(self.group.values())
 
+    @property
+    def joint(self) -> bool:
+        """Whether weight and bias are approximated together."""
+        return len(self.group) == 2
 
-@dataclass(frozen=True)
-class _Use:
-    """A module that owns a parameter."""
-
-    layer: str
-    rule: LayerRule
-    role: str
+    @property
+    def name(self) -> str:
+        """The name of the layers' kind."""
+        if self.diagonal:
+            return "any"
+        return f"{self.format.name} + Embedding" if self.tied else self.format.name
 
 
 def plan_groups(
-    model: nn.Module, params: dict[str, Tensor], separate_weight_and_bias: bool
-) -> tuple[list[GroupPlan], dict[str, tuple[nn.Module, LayerRule]]]:
-    """Return the groups, in the order of ``params``, and the layers that are involved.
+    usages: Iterable[Usage],
+    params: dict[str, Tensor],
+    separate_weight_and_bias: bool,
+    diagonal: Iterable[str] = (),
+) -> list[GroupPlan]:
+    """Return the groups, in the order of ``params``.
 
     Args:
-        model: The model.
+        usages: The different ways in which the model uses the parameters.
         params: The parameters to approximate.
         separate_weight_and_bias: Whether weights and biases get blocks of their own.
+        diagonal: Names of parameters that are used in other ways, too.
 
     Raises:
-        NotImplementedError: If parameters belong to layers that are not supported.
+        NotImplementedError: If a parameter is used in ways that do not fit together.
         ValueError: If a joint group has layers with different biases.
     """
-    uses = _find_uses(model, params)
-    partner = {} if separate_weight_and_bias else _find_partners(uses)
-    modules = dict(model.named_modules())
+    uses = _uses(usages, params, set(diagonal))
+    partner = {} if separate_weight_and_bias else _partners(uses)
     plans: list[GroupPlan] = []
     done: set[str] = set()
     for name in params:
         if name in done:
             continue
-        group: ParamGroup = {uses[name][0].role: name}
-        other = partner.get(name)
-        if other is not None:
-            group = {"W": name, "b": other} if "W" in group else {"W": other, "b": name}
+        if name in diagonal:
+            group, plan = {"W": name}, _diagonal_plan(name, params)
+        else:
+            group = {_role(name, uses, params): name}
+            other = partner.get(name)
+            if other is not None:
+                group = {"W": name, "b": other} if "W" in group else {"W": other, "b": name}
+            plan = _plan_group(group, uses, params)
         done.update(group.values())
-        plans.append(_plan_group(group, uses, params, modules))
-    layers = {use.layer: (modules[use.layer], use.rule) for all_ in uses.values() for use in all_}
-    return plans, layers
+        plans.append(plan)
+    return plans
 
 
-def _plan_group(
-    group: ParamGroup,
-    uses: dict[str, list[_Use]],
-    params: dict[str, Tensor],
-    modules: dict[str, nn.Module],
-) -> GroupPlan:
-    """Return how one group is treated."""
-    main = group["W"] if "W" in group else group["b"]
-    layers = tuple(use.layer for use in uses[main])
-    rule = uses[main][0].rule
-    joint = set(group) == {"W", "b"}
-    shape = params[main].shape
-    return GroupPlan(
-        group=group,
-        layers=layers,
-        biased=frozenset(use.layer for use in uses[group["b"]]) if joint else frozenset(),
-        rule=rule,
-        d_in=prod(shape[1:]) + joint if "W" in group else 0,
-        d_out=shape[0],
-        layout=rule.layout(modules[layers[0]]) if "W" in group else None,
-    )
+Uses = dict[str, list[tuple[str, Usage]]]
+"""For each parameter: its role in each usage."""
 
 
-def _find_uses(model: nn.Module, params: dict[str, Tensor]) -> dict[str, list[_Use]]:
-    """Return the supported layers that own each parameter; refuse others by name."""
-    by_name = dict(model.named_parameters(remove_duplicate=False))
-    user_name = {id(by_name[name]): name for name in params if name in by_name}
-    uses: dict[str, list[_Use]] = {name: [] for name in params}
-    problems: dict[str, str] = {}
-    for layer, module in model.named_modules():
-        rule = find_rule(module)
-        for attribute, tensor in module.named_parameters(recurse=False, remove_duplicate=False):
-            name = user_name.get(id(tensor))
-            if name is None:
-                continue
-            role = {"weight": "W", "bias": "b"}.get(attribute)
-            reason = None if rule is None else rule.refuse(module)
-            if rule is None or role is None:
-                problems[name] = type(module).__name__
-            elif reason is not None:
-                problems[name] = f"{type(module).__name__} with {reason}"
-            elif uses[name] and uses[name][0].rule is not rule:
-                problems[name] = f"shared by {uses[name][0].rule.name} and {rule.name}"
-            else:
-                uses[name].append(_Use(layer, rule, role))
+def _uses(usages: Iterable[Usage], params: dict[str, Tensor], diagonal: set[str]) -> Uses:
+    """Return the usages of each parameter; refuse those that do not fit together."""
+    uses: Uses = {name: [] for name in params}
+    for usage in dict.fromkeys(usages):
+        for role, part in (("W", usage.weight), ("b", usage.bias)):
+            if part is not None and part.name not in diagonal:
+                uses[part.name].append((role, usage))
+    problems = {}
+    for name, all_ in uses.items():
+        problem = _misfit(all_)
+        if problem:
+            problems[name] = problem
     if problems:
-        listing = ", ".join(f"{name!r} ({what})" for name, what in problems.items())
-        supported = ", ".join(rule.name for rule in LAYERS)
-        raise NotImplementedError(
-            f"These parameters are not in supported layers: {listing}. Supported: {supported} "
-            "(groups=1). Leave them out of params to treat them as constants."
-        )
+        raise MisfitError(problems)
     return uses
 
 
-def _find_partners(uses: dict[str, list[_Use]]) -> dict[str, str]:
-    """Return the weight of each bias and the bias of each weight that form joint groups."""
-    owner = {(use.layer, use.role): name for name, all_ in uses.items() for use in all_}
+class MisfitError(Exception):
+    """Parameters are used in ways that do not fit together; holds the reasons by name."""
+
+    def __init__(self, problems: dict[str, str]):
+        super().__init__(str(problems))
+        self.problems = problems
+
+
+def _misfit(uses: list[tuple[str, Usage]]) -> str | None:
+    """Return why usages of a parameter do not fit together, or None if they do."""
+    if not uses:
+        return None
+    if len({role for role, _ in uses}) > 1:
+        return "used as weight and as bias"
+    main, _ = _split(uses)
+    if len({(u.format.name, u.format.groups, u.format.is_norm) for u in main}) > 1:
+        names = sorted({u.format.name for u in main})
+        return f"shared by {' and '.join(names)}"
+    role = uses[0][0]
+    parts = {u.part(role) for u in main}
+    if len({part.transposed for part in parts}) > 1:
+        return "used transposed, and as it is"
+    ends = sorted({(part.start, part.stop) for part in parts})
+    if any(a[1] != b[0] for a, b in pairwise(ends)):
+        return "used in parts that overlap, or leave a part out"
+    if ends[0][0] != 0 or ends[-1][1] != main[0].part(role).whole:
+        return "used in parts that leave a part out"
+    return None
+
+
+def _split(uses: list[tuple[str, Usage]]) -> tuple[list[Usage], list[Usage]]:
+    """Return the usages in the main format, and those of an embedding tied to it."""
+    others = [u for _, u in uses if not u.format.is_embedding]
+    embeddings = [u for _, u in uses if u.format.is_embedding]
+    return (others, embeddings) if others else (embeddings, [])
+
+
+def _role(name: str, uses: Uses, params: dict[str, Tensor]) -> str:
+    """Return a parameter's role, a guess if it is not used."""
+    if uses[name]:
+        return uses[name][0][0]
+    return "b" if params[name].ndim == 1 else "W"
+
+
+def _plan_group(group: ParamGroup, uses: Uses, params: dict[str, Tensor]) -> GroupPlan:
+    """Return how one group is treated."""
+    role = "W" if "W" in group else "b"
+    p = params[group[role]]
+    main, tied = _split(uses[group[role]])
+    joint = len(group) == 2
+    form = main[0].format if main else _guess(group, params)
+    transposed = role == "W" and bool(main) and main[0].part("W").transposed
+    layout: Layout | None = None
+    if role == "b":
+        d_out, d_in = p.numel(), 0
+    elif transposed:
+        d_out, d_in = p[0].numel(), p.shape[0]
+        layout = {"view": [p.shape[0], p[0].numel()], "order": [1, 0]}
+    else:
+        d_out, d_in = form.widths(p.shape)
+        layout = form.layout(p.shape)
+    if form.is_norm:
+        d_out, d_in = d_out * (1 + joint), 0
+    elif role == "W":
+        d_in += joint
+    blocks = sorted({u.rows(role) for u in main}) or [(0, d_out)]
+    if form.is_norm:
+        blocks = [(0, d_out)]
+    return GroupPlan(group, tuple(main), tuple(tied), form, tuple(blocks), d_out, d_in, layout)
+
+
+def _guess(group: ParamGroup, params: dict[str, Tensor]) -> Format:
+    """Return a format that fits parameters that are not used."""
+    if len(group) == 1:
+        return Format()
+    weight, bias = (params[group[role]] for role in ("W", "b"))
+    if weight.ndim < 3 or weight.shape[0] == bias.numel():
+        return Format()
+    groups = max(1, bias.numel() // weight.shape[1])
+    return TransposedConvolutionFormat(groups, tuple(weight.shape[2:]))
+
+
+def _diagonal_plan(name: str, params: dict[str, Tensor]) -> GroupPlan:
+    """Return the plan of a parameter whose block is diagonal."""
+    size = params[name].numel()
+    return GroupPlan({"W": name}, (), (), Format(), ((0, size),), size, 0, None, diagonal=True)
+
+
+_SIBLINGS = {"weight": "bias", "bias": "weight"}
+
+
+def _partners(uses: Uses) -> dict[str, str]:
+    """Return the weight of each bias and the bias of each weight that form joint groups.
+
+    A bias whose parts belong to different weights (that of attention can) stays alone.
+    """
     partners: dict[str, str] = {}
+    alone = {
+        usage.part("b").name
+        for all_ in uses.values()
+        for _, usage in all_
+        if usage.weight is not None and usage.bias is not None and not usage.joint
+    }
     for name, all_ in uses.items():
-        opposite = {"W": "b", "b": "W"}
-        found = {owner.get((use.layer, opposite[use.role])) for use in all_}
+        main, _ = _split(all_)
+        if name in alone:
+            continue
+        if not main:  # unused: by their names
+            layer, _, attribute = name.rpartition(".")
+            other = f"{layer}.{_SIBLINGS.get(attribute)}".removeprefix(".")
+            if other in uses and not uses[other]:
+                partners[name] = other
+            continue
+        role = all_[0][0]
+        opposite = {"W": "b", "b": "W"}[role]
+        found = {_other(u, opposite) for u in main}
+        found = {None if part is None or part.name in alone else part for part in found}
         # a usage without bias is fine, but not one of the bias with a weight that is a constant
-        if len(found) > 1 and all_[0].role == "W":
+        if len(found) > 1 and role == "W":
             found.discard(None)
-        if len(found) > 1:
-            others = [other or "one that is not in params" for other in found]
+        names = {None if part is None else part.name for part in found}
+        if len(names) > 1:
+            others = sorted(other or "one that is not in params" for other in names)
             raise ValueError(
-                f"The layers {[use.layer for use in all_]} share {name!r}, but have conflicting "
-                f"biases or weights: {sorted(others)}. Use separate_weight_and_bias=True."
+                f"The layers that share {name!r} have conflicting biases or weights: {others}. Use "
+                "separate_weight_and_bias=True."
             )
-        if found != {None}:
-            partners[name] = str(found.pop())
+        (only,) = names
+        if only is not None:
+            partners[name] = only
     return partners
+
+
+def _other(usage: Usage, role: str) -> Part | None:
+    return usage.weight if role == "W" else usage.bias
+
+
+__all__ = ["GroupPlan", "MisfitError", "plan_groups"]

@@ -7,7 +7,6 @@ and output gradients ``[n, S, d_out]``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from operator import mul
@@ -28,16 +27,11 @@ def split_examples(tensor: Tensor, n: int, layer: str) -> Tensor:
     batch_first = leading[:1] and leading[0] % n == 0
     if not batch_first and n not in accumulate(leading, mul, initial=1):
         raise ValueError(
-            f"Layer {layer!r} sees a tensor of shape {list(tensor.shape)} for {n} examples: its "
-            "first axis must be a multiple of them, with the positions of each example next to "
-            "each other (batch first). Check batch_size_fn."
+            f"{layer} sees a tensor of shape {list(tensor.shape)} for {n} examples: its first axis "
+            "must be a multiple of them, with the positions of each example next to each other "
+            "(batch first). Check batch_size_fn."
         )
     return tensor.reshape(n, num_rows // n, tensor.shape[-1])
-
-
-def gram(rows: Tensor) -> Tensor:
-    """Return ``Σ a aᵀ`` over rows ``[r, d]``."""
-    return rows.T @ rows
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -50,7 +44,7 @@ class Positions:
 
     Args:
         num_positions: The number S of positions of each example.
-        make_rows: Returns the inputs ``[n, S, d]``.
+        make_rows: Returns the inputs ``[n, S, d]``; channel groups one after the other in d.
         make_mean: Returns their mean over positions ``[n, d]``; default: from ``make_rows``.
     """
 
@@ -72,40 +66,92 @@ class Positions:
         """Return the mean input of each example ``[n, d]``."""
         return self._make_rows().mean(1) if self._make_mean is None else self._make_mean()
 
+    def add_to(self, moment: Moment, ones: float | None) -> None:
+        """Add the second moment of all positions; ``ones`` as in :meth:`Moment.update`."""
+        moment.update(self.expanded().flatten(0, 1), ones)
 
-@dataclass
+
+class Tokens(Positions):
+    """One-hot inputs, given by the places of their ones.
+
+    Args:
+        indices: The places ``[n, S]``, between 0 and V - 1.
+        weights: 1, or 0 for a position whose input is zero, ``[n, S]``.
+        size: V.
+    """
+
+    def __init__(self, indices: Tensor, weights: Tensor, size: int):
+        super().__init__(indices.shape[1], self._one_hot, self._frequencies)
+        self.indices = indices
+        self.weights = weights
+        self.size = size
+
+    def _one_hot(self) -> Tensor:
+        """Return ``[n, S, V]``."""
+        rows = self.weights.new_zeros(*self.indices.shape, self.size)
+        return rows.scatter_(2, self.indices.unsqueeze(-1), self.weights.unsqueeze(-1))
+
+    def _frequencies(self) -> Tensor:
+        """Return the means of one-hot inputs ``[n, V]``."""
+        counts = self.weights.new_zeros(self.indices.shape[0], self.size)
+        return counts.scatter_add_(1, self.indices, self.weights) / self.num_positions
+
+    def add_to(self, moment: Moment, ones: float | None) -> None:
+        """Add counts, the diagonal of the second moment."""
+        if not moment.diagonal:
+            return super().add_to(moment, ones)
+        counts = self.weights.new_zeros(self.size)
+        counts.scatter_add_(0, self.indices.flatten(), self.weights.flatten())
+        moment.add(counts, self.indices.numel())
+        return None
+
+
 class Moment:
     """A raw second moment ``Σ a aᵀ``, and how many terms it has.
 
     Sums of half precision are kept in float32: small terms would be lost in a large sum.
 
-    Attributes:
-        total: The sum ``[d, d]``, or its diagonal ``[d]``; None before the first update.
-        count: The number of terms, for the mean.
+    Args:
         diagonal: Whether only the diagonal is kept.
+        groups: Number of parts of the rows whose moments are kept, without those between them.
+
+    Attributes:
+        total: The sum ``[d, d]``, or ``[groups, d, d]`` for more than one, or the diagonals
+            ``[d]``, ``[groups, d]``; None before the first update.
+        count: The number of terms, for the mean.
     """
 
-    diagonal: bool
-    total: Tensor | None = None
-    count: float = 0
+    def __init__(self, diagonal: bool = False, groups: int = 1):
+        self.diagonal = diagonal
+        self.groups = groups
+        self.total: Tensor | None = None
+        self.count = 0.0
 
     def update(self, rows: Tensor, ones: float | None = None) -> None:
-        """Add rows ``[r, d]``, with a constant column appended unless ``ones`` is None."""
-        self.count += rows.shape[0]
+        """Add rows ``[r, groups * d]``, with a constant column appended unless ``ones`` is None."""
+        num_rows = rows.shape[0]
         rows = widened(rows)
-        if self.diagonal:
-            new = (rows**2).sum(0)
+        if self.groups == 1:
+            new = (rows**2).sum(0) if self.diagonal else rows.T @ rows
+            sums = rows.sum(0) if ones is not None and not self.diagonal else None
         else:
-            new = gram(rows)
+            rows = rows.reshape(num_rows, self.groups, -1).transpose(0, 1)  # [groups, r, d]
+            new = (rows**2).sum(1) if self.diagonal else rows.mT @ rows
+            sums = rows.sum(1) if ones is not None and not self.diagonal else None
         if ones is not None:
-            new = self._append(new, rows, ones)
-        self.total = new if self.total is None else self.total.add_(new)
+            new = self._append(new, sums, num_rows, ones)
+        self.add(new, num_rows)
 
-    def _append(self, moment: Tensor, rows: Tensor, ones: float) -> Tensor:
+    def add(self, total: Tensor, count: float) -> None:
+        """Add a sum of so many terms."""
+        self.count += count
+        self.total = total if self.total is None else self.total + total
+
+    def _append(self, new: Tensor, sums: Tensor | None, num_rows: int, ones: float) -> Tensor:
         """Extend a moment by the constant column: a column sum, rather than a copy of the rows."""
-        corner = moment.new_tensor([rows.shape[0] * ones**2])
-        if self.diagonal:
-            return torch.cat([moment, corner])
-        column = ones * rows.sum(0)  # [d]
-        top = torch.cat([moment, column.unsqueeze(-1)], dim=1)
-        return torch.cat([top, torch.cat([column, corner]).unsqueeze(0)])
+        corner = new.new_full((*new.shape[: self.groups > 1], 1), num_rows * ones**2)
+        if sums is None:
+            return torch.cat([new, corner], dim=-1)
+        column = ones * sums  # [..., d]
+        top = torch.cat([new, column.unsqueeze(-1)], dim=-1)
+        return torch.cat([top, torch.cat([column, corner], dim=-1).unsqueeze(-2)], dim=-2)

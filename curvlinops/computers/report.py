@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlinops._operator import PyTorchLinearOperator
+from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.computers.plan import GroupPlan
 from curvlinops.diag import DiagonalLinearOperator
+from curvlinops.eigh import EighDecomposedLinearOperator
 
 
 def check_finite(names: tuple[str, ...], inputs: Any, gradients: Any) -> None:
@@ -22,12 +24,26 @@ def check_finite(names: tuple[str, ...], inputs: Any, gradients: Any) -> None:
             )
 
 
-def describe_groups(plans: list[GroupPlan]) -> list[dict[str, Any]]:
+def describe_groups(plans: list[GroupPlan], model: nn.Module | None) -> list[dict[str, Any]]:
     """Return plain data about each group, to be kept with the operator."""
-    return [
-        {"group": dict(plan.group), "layers": list(plan.layers), "type": plan.rule.name}
-        for plan in plans
-    ]
+    names: dict[int, list[str]] = {}
+    if model is not None:
+        for name, p in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(p), []).append(name)
+    shared = {name: ids for ids in names.values() for name in ids}
+    entries = []
+    for plan in plans:
+        owners = [n.rpartition(".")[0] for n in shared.get(plan.key[0], [])]
+        entries.append(
+            {
+                "group": dict(plan.group),
+                "type": plan.name,
+                "layers": owners,
+                "tied": bool(plan.tied),
+                "diagonal": plan.diagonal,
+            }
+        )
+    return entries
 
 
 def format_summary(report: dict[str, Any], blocks: list[Any]) -> str:
@@ -55,10 +71,26 @@ def format_summary(report: dict[str, Any], blocks: list[Any]) -> str:
 
 def _describe_block(block: Any) -> str:
     """Return a block's factors as text."""
+    if isinstance(block, BlockDiagonalLinearOperator):
+        parts = [_describe_block(part) for part in block]
+        kinds = dict.fromkeys(parts)
+        return ", ".join(f"{parts.count(kind)} × ({kind})" for kind in kinds)
+    if isinstance(block, DiagonalLinearOperator):
+        return _kind(block)
+    if isinstance(block, EighDecomposedLinearOperator):
+        return " ⊗ ".join(
+            f"{Q.shape[0]}×{Q.shape[1]}" if isinstance(Q, Tensor) else _kind(Q)
+            for Q in block.eigenvectors  # type: ignore[union-attr]
+        )
     return " ⊗ ".join(
         f"{factor.shape[0]}×{factor.shape[1]}" if isinstance(factor, Tensor) else _kind(factor)
         for factor in block
     )
+
+
+def _factors(block: Any) -> list[Any]:
+    """Return a block's Kronecker factors, or those of its eigenvectors."""
+    return list(block.eigenvectors if isinstance(block, EighDecomposedLinearOperator) else block)
 
 
 def _kind(factor: PyTorchLinearOperator) -> str:
@@ -70,6 +102,14 @@ def _remarks(entry: dict[str, Any], block: Any) -> str:
     remarks = []
     if len(entry["layers"]) > 1:
         remarks.append(f"shared by {', '.join(entry['layers'])}")
-    if any(isinstance(factor, DiagonalLinearOperator) for factor in block):
-        remarks.append("over-wide factor: diagonal only")
+    if entry["tied"]:
+        remarks.append("nearest Kronecker product to the sum of both")
+    parts = block if isinstance(block, BlockDiagonalLinearOperator) else [block]
+    if entry["diagonal"]:
+        remarks.append("no supported layer: exact diagonal")
+    elif any(not isinstance(factor, Tensor) for part in parts for factor in _factors(part)):
+        tokens = entry["type"] == "Embedding"
+        remarks.append(
+            "counts of tokens: diagonal" if tokens else "over-wide factor: diagonal only"
+        )
     return "; ".join(remarks)

@@ -1,140 +1,300 @@
-"""Statistics of layer inputs and output gradients, gathered from a collector's events.
+"""Second moments of layer inputs and output gradients, gathered from a collector's events.
 
 A statistic keeps raw sums and counts, so that batches, and later ranks, only add.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from curvlinops.computers.plan import GroupPlan
+from curvlinops.computers.plan import GroupPlan, Rows
 from curvlinops.computers.positions import Moment, Positions, widened
+from curvlinops.computers.usages import Part, Usage
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.kfac_utils import KFACType
+from curvlinops.nearest_kronecker import nearest_kronecker
 
 Key = tuple[str, ...]
+#: A Kronecker factor: a tensor, or a diagonal.
+Factor = Any
 
 
 class CovarianceStatistic:
     """Second moments of inputs and output gradients: the Kronecker factors of KFAC.
 
-    expand: all positions of all usages count. reduce: inputs are averaged and gradients summed over
-    an example's positions and usages first, so they are held until a batch's pass is over.
+    expand: all positions of all usages count, each on its own. reduce: inputs are averaged and
+    gradients summed over an example's positions and usages first, so those of all usages are held
+    until a batch's pass is over. Normalisation layers: so are the gradients of weight and bias.
 
     Args:
-        plans: The groups.
+        shapes: The parameters' shapes.
         kfac_approx: expand or reduce.
         max_factor_size: Wider factors keep their diagonal only.
+        separate: Whether weight and bias are approximated separately.
     """
 
-    def __init__(self, plans: Iterable[GroupPlan], kfac_approx: KFACType, max_factor_size: int):
-        self._plans = list(plans)
+    def __init__(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        kfac_approx: KFACType,
+        max_factor_size: int,
+        separate: bool,
+    ):
+        self._shapes = shapes
         self._reduce = kfac_approx is KFACType.REDUCE
-        self._inputs = {
-            plan.key: Moment(plan.d_in > max_factor_size) for plan in self._plans if plan.d_in
-        }
-        # groups of the same layers, such as a layer's weight and bias, have the same gradients
-        self._gradients = {
-            plan.layers: Moment(plan.d_out > max_factor_size) for plan in self._plans
-        }
-        self._pooled_inputs: dict[Key, tuple[Tensor, float, int]] = {}
-        self._pooled_gradients: dict[Key, Tensor] = {}
+        self._max_factor_size = max_factor_size
+        self._separate = separate
+        #: Sums, by what they are about.
+        self.moments: dict[Hashable, Moment] = {}
+        self._normalized: dict[tuple[Usage, int], Positions] = {}
+        self._means: dict[tuple[Any, ...], tuple[Any, float, int]] = {}
+        self._sums: dict[tuple[Any, ...], tuple[frozenset[Usage], int, Tensor]] = {}
+        self._norm_gradients: dict[Part, Tensor] = {}
+        self._norm_pairs: dict[Part, Part] = {}
 
     # ---- events ----------------------------------------------------------------------------------
-    def on_input(self, layer: str, usage: int, positions: Positions) -> None:
-        """A layer was called, for the ``usage``-th time in this batch."""
-        plans = [plan for plan in self._plans if layer in plan.layers and plan.d_in]
-        if not plans:
+    def on_input(self, usage: Usage, index: int, positions: Positions) -> None:
+        """A layer was called, for the ``index``-th time in this way in this batch."""
+        form = usage.format
+        if form.is_norm:
+            self._normalized[usage, index] = positions
             return
+        if usage.weight is None:
+            return
+        biased = not self._separate and usage.joint
         if not self._reduce:
-            rows = positions.expanded().flatten(0, 1)  # [n S, d_in]
-            for plan in plans:
-                self._inputs[plan.key].update(rows, _ones(plan, layer))
+            # Whether the group has a bias, of another usage, is not known yet.
+            width = self._input_width(usage) + biased
+            moment = self._moment(("input", usage), width, form.groups, diagonal=form.is_embedding)
+            positions.add_to(moment, 1.0 if biased else None)
             return
-        mean, num_positions = widened(positions.mean()), positions.num_positions
-        for plan in plans:
-            ones = _ones(plan, layer)
-            total, total_ones, count = self._pooled_inputs.get(plan.key, (0, 0.0, 0))
-            self._pooled_inputs[plan.key] = (
-                total + num_positions * mean,
-                total_ones + num_positions * (ones or 0.0),
-                count + num_positions,
-            )
+        key = ("input", form.is_embedding, form.groups, usage.weight)
+        count = positions.num_positions
+        total, ones, total_count = self._means.get(key, (0, 0.0, 0))
+        self._means[key] = (
+            total + count * widened(positions.mean()),
+            ones + count * biased,
+            total_count + count,
+        )
 
     def end_of_forward(self) -> None:
         """All layers of a batch were called."""
-        for plan in self._plans:
-            pooled = self._pooled_inputs.pop(plan.key, None)
-            if pooled is not None:
-                total, ones, count = pooled
-                constant = ones / count if "b" in plan.group else None
-                self._inputs[plan.key].update(total / count, constant)
+        for key, (total, ones, count) in self._means.items():
+            groups = key[2]
+            width = total.shape[-1] // groups + (not self._separate)
+            constant = None if self._separate else ones / count
+            self._moment(key, width, groups).update(total / count, constant)
+        self._means = {}
 
-    def on_gradient(self, layer: str, usage: int, gradient: Tensor) -> None:
+    def on_gradient(self, usage: Usage, index: int, gradient: Tensor) -> None:
         """The gradients ``[V, n, S, d_out]`` of V loss vectors at a layer's output exist."""
-        for layers, moment in self._gradients.items():
-            if layer not in layers:
+        form = usage.format
+        if form.is_norm:
+            self._add_norm(usage, index, gradient)
+            return
+        bias_alone = usage.bias is not None and (self._separate or not usage.joint)
+        wanted = [] if usage.weight is None else [("W", usage.weight, form.groups)]
+        wanted += [("b", usage.bias, 1)] if bias_alone else []
+        if self._reduce:
+            gradient = widened(gradient).sum(2)  # [V, n, d_out]
+            for role, part, groups in wanted:
+                key = (role, form.is_embedding, part)
+                usages, _, before = self._sums.get(key, (frozenset(), groups, None))
+                total = gradient if before is None else before + gradient
+                self._sums[key] = (usages | {usage}, groups, total)
+            return
+        for groups in {groups for _, _, groups in wanted}:
+            width = gradient.shape[-1] // groups
+            moment = self._moment(("gradient", usage, groups), width, groups)
+            moment.update(gradient.flatten(0, 2))
+
+    def _add_norm(self, usage: Usage, index: int, gradient: Tensor) -> None:
+        """Add the gradients of a normalisation layer's weight and bias ``[V, n, d]``."""
+        gradient = widened(gradient)
+        for part, scale in ((usage.weight, True), (usage.bias, False)):
+            if part is None:
                 continue
-            if self._reduce:
-                summed = widened(gradient).sum(2)  # [V, n, d_out]
-                before = self._pooled_gradients.get(layers)
-                self._pooled_gradients[layers] = summed if before is None else before + summed
+            if scale:
+                rows = self._normalized[usage, index].expanded()
+                new = torch.einsum("nsd, vnsd -> vnd", widened(rows), gradient)
             else:
-                moment.update(gradient.flatten(0, 2))
+                new = gradient.sum(2)
+            before = self._norm_gradients.get(part)
+            self._norm_gradients[part] = new if before is None else before + new
+        if not self._separate and usage.joint:
+            assert usage.weight is not None and usage.bias is not None
+            self._norm_pairs[usage.weight] = usage.bias
 
     def end_of_backward(self) -> None:
         """All gradients of a back-propagation were computed."""
-        for layers, pooled in self._pooled_gradients.items():
-            self._gradients[layers].update(pooled.flatten(0, 1))
-        self._pooled_gradients = {}
+        done: dict[Hashable, Moment] = {}  # a layer's weight and bias have the same sums
+        for key, (usages, groups, total) in self._sums.items():
+            width = total.shape[-1] // groups
+            if (usages, groups) not in done:
+                new = done[usages, groups] = Moment(width > self._max_factor_size, groups)
+                new.update(total.flatten(0, 1))
+            new = done[usages, groups]
+            assert new.total is not None
+            self._moment(("gradient", *key), width, groups).add(new.total, new.count)
+        paired = set(self._norm_pairs.values())
+        for part, rows in self._norm_gradients.items():
+            names = [part.name]
+            if part in paired:
+                continue
+            if part in self._norm_pairs:
+                bias = self._norm_pairs[part]
+                names.append(bias.name)
+                rows = torch.cat([rows, self._norm_gradients[bias]], dim=-1)
+            self._moment(("norm", *names), rows.shape[-1], 1).update(rows.flatten(0, 1))
+        self._sums, self._norm_gradients, self._norm_pairs = {}, {}, {}
+
+    def end_of_batch(self) -> None:
+        """All vectors of a batch were back-propagated."""
+        self._normalized = {}
+
+    def _moment(self, key: Hashable, width: int, groups: int, diagonal: bool = False) -> Moment:
+        """Return the moment of a key."""
+        if key not in self.moments:
+            self.moments[key] = Moment(diagonal or width > self._max_factor_size, groups)
+        return self.moments[key]
+
+    def _input_width(self, usage: Usage) -> int:
+        """Return d_in of a usage's weight, without bias."""
+        assert usage.weight is not None
+        shape = self._shapes[usage.weight.name]
+        return shape[0] if usage.weight.transposed else usage.format.widths(shape)[1]
 
     # ---- results ---------------------------------------------------------------------------------
-    def finish(self, scale: Tensor | float, like: Tensor) -> tuple[dict[Key, Any], dict[Key, Any]]:
-        """Return the input and gradient factors.
+    def factors(
+        self, plan: GroupPlan, scale: Tensor | float, like: Tensor, identity: bool = False
+    ) -> list[tuple[Factor, Factor | None]]:
+        """Return the gradient and input factor (if any) of each block of a group.
 
         Args:
+            plan: The group.
             scale: The scale c of the loss, for the gradient factors.
             like: A tensor of the factors' dtype and device.
+            identity: Whether gradient factors are identities.
         """
-        widths = {plan.layers: plan.d_out for plan in self._plans}
-        shared = {
-            layers: _factor(moment, scale, widths[layers], like)
-            for layers, moment in self._gradients.items()
-        }
-        inputs = {}
-        for plan in self._plans:
-            if plan.key in self._inputs:
-                moment = self._inputs[plan.key]
-                inputs[plan.key] = _factor(moment, 1 / max(moment.count, 1), plan.d_in, like)
-        return inputs, {plan.key: shared[plan.layers] for plan in self._plans}
+        blocks = []
+        for rows in plan.blocks:
+            groups = plan.format.groups if "W" in plan.group else 1
+            width = (rows[1] - rows[0]) // groups if len(plan.blocks) > 1 else plan.d_out // groups
+            gradients = self._gradient_moments(plan, rows)
+            B = self._identity(width, groups, like) if identity else None
+            B = self._factors(gradients, scale, width, groups, like) if B is None else B
+            if not plan.d_in:
+                blocks += [(b, None) for b in B]
+                continue
+            moments = self._input_moments(plan, rows, plan.usages)
+            count = sum(moment.count for moment in moments)
+            A = self._factors(moments, 1 / max(count, 1), plan.d_in, groups, like)
+            blocks += list(zip(B, A, strict=True))
+        if plan.tied:
+            blocks = [self._tie(plan, *blocks[0], scale, like, identity)]
+        return blocks
 
-    def identities(self, like: Tensor) -> dict[Key, Any]:
-        """Return identities in place of gradient factors; ``like`` as in :meth:`finish`."""
-        identities: dict[Key, Any] = {}
-        for plan in self._plans:
-            ones = like.new_ones(plan.d_out)
-            diagonal = self._gradients[plan.layers].diagonal
-            identities[plan.key] = DiagonalLinearOperator([ones]) if diagonal else ones.diag()
-        return identities
+    def _gradient_moments(self, plan: GroupPlan, rows: Rows) -> list[Moment]:
+        """Return the moments of the output gradients of a block."""
+        if plan.format.is_norm:
+            keys: list[Hashable] = [("norm", *plan.key)]
+        else:
+            role = "W" if "W" in plan.group else "b"
+            groups = plan.format.groups if role == "W" else 1
+            usages = [u for u in plan.usages if rows == u.rows(role)]
+            if self._reduce:
+                parts = dict.fromkeys(u.part(role) for u in usages)
+                keys = [("gradient", role, plan.format.is_embedding, part) for part in parts]
+            else:
+                keys = [("gradient", usage, groups) for usage in usages]
+        return [self.moments[key] for key in keys if key in self.moments]
+
+    def _input_moments(self, plan: GroupPlan, rows: Rows, usages: Sequence[Usage]) -> list[Moment]:
+        """Return the moments of the inputs of a block."""
+        used = [u for u in usages if rows == u.rows("W")]
+        if self._reduce:
+            parts = dict.fromkeys((u.format.is_embedding, u.format.groups, u.weight) for u in used)
+            keys: list[Hashable] = [("input", *part) for part in parts]
+        else:
+            keys = [("input", usage) for usage in used]
+        return [self.moments[key] for key in keys if key in self.moments]
+
+    def _tie(
+        self,
+        plan: GroupPlan,
+        B: Factor,
+        A: Factor,
+        scale: Tensor | float,
+        like: Tensor,
+        identity: bool,
+    ) -> tuple[Factor, Factor]:
+        """Return the Kronecker product nearest to the sum of a Linear's and an embedding's."""
+        size, d = self._shapes[plan.group["W"]]
+        embedding = _embedding_plan(plan, d, size)
+        ((gradient, tokens),) = self.factors(embedding, scale, like, identity)
+        if plan.joint:  # the bias is the Linear's alone
+            gradient = _padded(gradient)
+        wide = size > self._max_factor_size
+        tall = plan.d_in > self._max_factor_size
+        return nearest_kronecker([(B, A), (tokens, gradient)], keep_diagonal=(wide, tall))
+
+    def _identity(self, width: int, groups: int, like: Tensor) -> list[Factor]:
+        """Return identities in place of gradient factors."""
+        ones = like.new_ones(width)
+        wide = width > self._max_factor_size
+        return [DiagonalLinearOperator([ones]) if wide else ones.diag() for _ in range(groups)]
+
+    def _factors(
+        self,
+        moments: Sequence[Moment],
+        scale: Tensor | float,
+        width: int,
+        groups: int,
+        like: Tensor,
+    ) -> list[Factor]:
+        """Return the scaled sum of moments as a Kronecker factor for each group.
+
+        Moments may be narrower by one: those of layers without the bias of others. Without moments
+        the layer was never called, and the factors are zero.
+        """
+        diagonal = width > self._max_factor_size or any(m.diagonal for m in moments)
+        total = like.new_zeros([groups, width] if diagonal else [groups, width, width])
+        sums = [_aligned(moment, width, groups, diagonal) for moment in moments]
+        if sums:
+            total = (torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]) * scale
+        total = total.to(like.dtype)
+        return [DiagonalLinearOperator([t]) if diagonal else t for t in total]
 
 
-def _ones(plan: GroupPlan, layer: str) -> float | None:
-    """Return the constant input of a joint group's bias: 0 in a layer that has no bias."""
-    if "b" not in plan.group:
-        return None
-    return 1.0 if layer in plan.biased else 0.0
+def _embedding_plan(plan: GroupPlan, d: int, size: int) -> GroupPlan:
+    """Return the plan of a tied weight as an embedding ``[V, d]`` alone."""
+    name = plan.group["W"]
+    form = plan.tied[0].format
+    return GroupPlan({"W": name}, plan.tied, (), form, ((0, d),), d, size, None)
 
 
-def _factor(moment: Moment, scale: Tensor | float, width: int, like: Tensor) -> Any:
-    """Return a scaled moment as a Kronecker factor: zeros if the layer was never called."""
-    if moment.total is None:
-        total = like.new_zeros([width] if moment.diagonal else [width, width])
-    else:
-        total = (moment.total * scale).to(like.dtype)
-    return DiagonalLinearOperator([total]) if moment.diagonal else total
+def _padded(factor: Factor) -> Factor:
+    """Append a zero row and column."""
+    if isinstance(factor, DiagonalLinearOperator):
+        (diagonal,) = factor.diagonal()
+        return DiagonalLinearOperator([torch.cat([diagonal, diagonal.new_zeros(1)])])
+    return torch.nn.functional.pad(factor, (0, 1, 0, 1))
+
+
+def _aligned(moment: Moment, width: int, groups: int, diagonal: bool) -> Tensor:
+    """Return a moment's sum as ``[groups, width(, width)]``."""
+    total = moment.total
+    assert total is not None
+    if diagonal and not moment.diagonal:
+        total = total.diagonal(dim1=-2, dim2=-1)
+    missing = width - total.shape[-1]
+    if missing:
+        total = torch.nn.functional.pad(total, (0, missing) * (1 if diagonal else 2))
+    return total.unsqueeze(0) if groups == 1 else total
 
 
 __all__ = ["CovarianceStatistic"]

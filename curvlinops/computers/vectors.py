@@ -45,6 +45,7 @@ def loss_vectors(
     per_example: int,
     loss_terms: str,
     random: RandomSource,
+    signs: str,
     first_term: int,
 ) -> Iterator[Tensor]:
     """Yield vectors v ``[m, C]`` whose second moment, summed over v, is the loss curvature.
@@ -62,6 +63,7 @@ def loss_vectors(
         per_example: Number of loss terms per example, R.
         loss_terms: ``"signs"`` or ``"exact"``.
         random: Source of random numbers.
+        signs: What random signs are drawn for, see :data:`~curvlinops._random.PURPOSES`.
         first_term: Index of the first loss term in the whole data.
     """
     num_terms, num_classes = F.shape
@@ -87,8 +89,8 @@ def loss_vectors(
     if per_example == 1:
         yield from vectors
     elif loss_terms == "signs":
-        signs = random.signs("signs", first_term, num_terms, num_vectors).to(F.device, F.dtype)
-        for vector, sign in zip(vectors, signs.T, strict=True):
+        drawn = random.signs(signs, first_term, num_terms, num_vectors).to(F.device, F.dtype)
+        for vector, sign in zip(vectors, drawn.T, strict=True):
             yield sign.unsqueeze(-1) * vector
     else:
         position = torch.arange(num_terms, device=F.device) % per_example  # [m]

@@ -19,13 +19,12 @@ from curvlinops.risk.determinism import (
     preserved_rng,
     refuse_random_layers,
 )
-from curvlinops.risk.losses import Loss, loss_entry
+from curvlinops.risk.losses import Loss, loss_entry, loss_state
 from curvlinops.risk.model import (
     FunctionalModel,
     ModelFunction,
     ModelTraits,
     autograd_ready,
-    tensors_and_flags,
 )
 
 
@@ -54,7 +53,8 @@ class EmpiricalRisk:
     Args:
         model_func: An ``nn.Module``, or a function ``(params, X) -> prediction``.
         loss_func: A loss function with reduction ``"mean"`` or ``"sum"``; see :func:`loss_entry`.
-            None if only predictions are of interest: then :math:`c = 1`.
+            Each pass reads its options as they are then. None if only predictions are of interest:
+            then :math:`c = 1`.
         params: The parameters by name, as in ``dict(model.named_parameters())``, on one device and
             of one dtype. A module's other parameters are constants.
         data: Batches ``(X, y)``, as a list or a ``DataLoader``. ``X`` is a tensor or a mapping.
@@ -105,8 +105,8 @@ class EmpiricalRisk:
         self.loss: Loss | None = None
         self.reduction = "sum"
         self._loss_func = loss_func
-        if loss_func is not None:
-            self.loss, self.reduction = loss_entry(loss_func)
+        self._loss_state: list[Any] | None = None
+        self._follow_loss()
         self.collective = Collective() if collective is None else collective
         self.progressbar = progressbar
         #: Number of examples in the data of all ranks; None until a pass has counted them.
@@ -152,14 +152,18 @@ class EmpiricalRisk:
 
     def dependencies(self) -> list[Any]:
         """Return tensors and flags, besides the data, that the loss of a batch depends on."""
-        options = [] if self.loss is None else list(vars(self.loss).values())
         autocast = torch.is_autocast_enabled(self.device.type)
         return [
             *self._functional.dependencies(),
-            *tensors_and_flags(self._loss_func),
-            *options,
+            *self.loss_dependencies(),
             autocast and torch.get_autocast_dtype(self.device.type).itemsize,
         ]
+
+    def loss_dependencies(self) -> list[Any]:
+        """Return tensors and plain values, besides predictions and data, that losses depend on."""
+        self._follow_loss()
+        options = [] if self.loss is None else list(vars(self.loss).values())
+        return [*loss_state(self._loss_func), *options]
 
     @property
     def forward_mode_ok(self) -> bool:
@@ -243,6 +247,7 @@ class EmpiricalRisk:
         if torch.compiler.is_compiling():  # the states of generators cannot be traced
             with torch.inference_mode(False), torch.enable_grad():
                 return self._visit(fn, desc)
+        self._follow_loss()
         with self.undisturbed():
             return self._visit(fn, desc)
 
@@ -314,6 +319,15 @@ class EmpiricalRisk:
         if not self.progressbar or torch.compiler.is_compiling():
             return self._source.data
         return tqdm(self._source.data, desc=desc, total=self._source.length)
+
+    def _follow_loss(self) -> None:
+        """Read the loss function, unless it holds what it held when it was read before."""
+        if self._loss_func is None:
+            return
+        state, before = loss_state(self._loss_func), self._loss_state
+        if before is None or list(map(id, state)) != list(map(id, before)):
+            self.loss, self.reduction = loss_entry(self._loss_func)
+            self._loss_state = state
 
     def _visit(self, fn: Callable[[Batch], Tensor | float], desc: str) -> Tensor | float:
         """Pass over the data and return the scale."""

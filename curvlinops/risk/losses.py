@@ -22,6 +22,7 @@ __all__ = [
     "GenericLoss",
     "Loss",
     "loss_entry",
+    "loss_state",
     "register_loss",
 ]
 
@@ -263,6 +264,23 @@ def loss_entry(loss_func: Callable[[Any, Any], Tensor]) -> tuple[Loss, str]:
         entry = LOSSES[partial.func]
         return entry(**_partial_options(partial, entry)), reduction
     return GenericLoss(loss_func, reduction), reduction
+
+
+def loss_state(loss_func: Any) -> list[Any]:
+    """Return what a loss function holds: attributes, options, parameters, buffers, and hooks.
+
+    Args:
+        loss_func: A loss function.
+
+    Returns:
+        The values. They are the same objects until one of them is replaced.
+    """
+    if isinstance(loss_func, functools.partial):
+        return [*loss_func.args, *loss_func.keywords.values(), *loss_state(loss_func.func)]
+    parts = loss_func.modules() if isinstance(loss_func, nn.Module) else [loss_func]
+    values = [value for part in parts for value in getattr(part, "__dict__", {}).values()]
+    # A module keeps its tensors and hooks in dicts, which are changed in place.
+    return values + [x for value in values if isinstance(value, dict) for x in value.values()]
 
 
 def _reduction(loss_func: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from exact_cases import (
+    ALL,
     JACOBIANS,
     PROBLEMS,
     SIZES,
@@ -36,6 +37,7 @@ from curvlinops import (
     GGNLinearOperator,
     JacobianLinearOperator,
     SubmatrixLinearOperator,
+    TensorLinearOperator,
     TransposedJacobianLinearOperator,
     record_gradients,
 )
@@ -467,3 +469,27 @@ def test_bad_options(cls: Any) -> None:
         J.T @ {"prediction": rand(8, 2)}
     with pytest.raises(ValueError, match="Dtype mismatch"):
         A @ rand(A.shape[1]).float()
+
+
+# ---- autocast --------------------------------------------------------------------------------
+@pytest.mark.parametrize("cls", ALL)
+def test_results_have_the_dtype_of_the_operator(cls: Any) -> None:
+    """Also where autocast lets the model compute in another one, and in products of operators."""
+    problem = Problem(mlp(), cross_entropy, vectors())
+    dense = problem.dense(cls)
+    problem.to(torch.float32)
+    A = problem.operator(cls)
+    B = TensorLinearOperator(rand(A.shape[1], A.shape[1]).float())
+    with torch.autocast("cpu", torch.bfloat16):
+        for columns in ((), (2,)):
+            v, u = (rand(n, *columns).float() for n in reversed(A.shape))
+            products = {
+                "A v": (A @ v, dense @ v.double()),
+                "uᵀ A": (u.t() @ A, u.t().double() @ dense),
+                "A Aᵀ u": ((A @ A.T) @ u, dense @ dense.T @ u.double()),
+            }
+            for name, (product, expected) in products.items():
+                assert product.dtype is torch.float32, name
+                assert_close(product, expected, 0.1)
+            assert (B @ v).dtype is torch.float32
+        assert B.to_dense().dtype is torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
@@ -12,6 +13,7 @@ import pytest
 import torch
 from exact_cases import (
     OPERATORS,
+    WEIGHT,
     Apply,
     C,
     Params,
@@ -27,8 +29,14 @@ from exact_cases import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from curvlinops import EFLinearOperator, HessianLinearOperator, JacobianLinearOperator
+from curvlinops import (
+    EFLinearOperator,
+    HessianLinearOperator,
+    JacobianLinearOperator,
+    PerExampleGradientLinearOperator,
+)
 
+CLOSED = [*OPERATORS, PerExampleGradientLinearOperator]
 each_operator = pytest.mark.parametrize("cls", OPERATORS)
 
 
@@ -325,3 +333,57 @@ def test_kept_graphs_follow_the_options_of_a_loss(cls: Any) -> None:
     assert_matrix(A, problem.dense(cls))
     weight[0] = 3
     assert_matrix(A, problem.dense(cls))
+
+
+def smoothed() -> nn.Module:
+    return nn.CrossEntropyLoss(weight=WEIGHT.clone(), label_smoothing=0.1)
+
+
+def add_hook(loss: nn.Module) -> None:
+    loss.register_forward_hook(lambda module, inputs, value: value**2)
+
+
+#: A loss, a change of it, and the operators for which both are enough.
+CHANGES: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], object], Any]] = {
+    "weight": (smoothed, lambda loss: setattr(loss, "weight", WEIGHT.flip(0)), CLOSED),
+    "no weight": (smoothed, lambda loss: setattr(loss, "weight", None), CLOSED),
+    "smoothing": (smoothed, lambda loss: setattr(loss, "label_smoothing", 0.4), CLOSED),
+    "ignore_index": (smoothed, lambda loss: setattr(loss, "ignore_index", 1), CLOSED),
+    "reduction": (smoothed, lambda loss: setattr(loss, "reduction", "sum"), CLOSED),
+    "generic option": (nn.HuberLoss, lambda loss: setattr(loss, "delta", 0.1), OPERATORS[:2]),
+    "generic mean": (nn.HuberLoss, lambda loss: setattr(loss, "reduction", "sum"), OPERATORS[:2]),
+    "hook": (nn.CrossEntropyLoss, add_hook, OPERATORS[:2]),
+}
+
+
+@pytest.mark.parametrize("keep_graph", [False, True])
+@pytest.mark.parametrize(
+    ("name", "cls"), [(name, cls) for name, (*_, classes) in CHANGES.items() for cls in classes]
+)
+def test_products_follow_a_loss(name: str, cls: Any, keep_graph: bool) -> None:
+    build, change, _ = CHANGES[name]
+    loss = build()
+
+    def current(reduction: str) -> Any:
+        copied = copy.deepcopy(loss)
+        copied.reduction = reduction
+        return copied
+
+    targets = [lambda *shape: 3 * rand(*shape), C] if isinstance(loss, nn.HuberLoss) else []
+    data = vectors(*targets)
+    problem = Problem(mlp(), current, data)
+    options = {} if cls is PerExampleGradientLinearOperator else {"keep_graph": keep_graph}
+    A = cls(problem.model, loss, problem.params, problem.data, **options)
+    assert_matrix(A, before := problem.dense(cls, loss.reduction))
+    change(loss)
+    problem.classes = None if name == "hook" else -1  # then averaged batch by batch
+    after = problem.dense(cls, loss.reduction)
+    if cls is PerExampleGradientLinearOperator:
+        assert A.scale == pytest.approx(problem.scale(loss.reduction).item())
+    else:
+        assert not torch.allclose(before, after)
+    assert_matrix(A, after)
+    assert_matrix(A, after)
+    loss.reduction = "none"
+    with pytest.raises(ValueError, match="reduction 'none'"):
+        assert_matrix(A, after)

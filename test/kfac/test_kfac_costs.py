@@ -63,7 +63,8 @@ def test_flops(fisher_type: str, vectors: int, gradients: float):
     rows = 2 * BATCHES * ROWS
     assert num_flops(gradient) == rows * (2 * forward + backward)
     count = num_flops(factors)
-    assert count == rows * (forward + inputs + vectors * (backward + outputs))
+    look = 2 * 3 * forward  # at one, and at two examples
+    assert count == look + rows * (forward + inputs + vectors * (backward + outputs))
     assert count <= gradients * num_flops(gradient)
 
 
@@ -132,31 +133,41 @@ def test_weight_and_bias_share_the_gradient_factor(joint: bool):
 
 
 class CountedData:
-    """Counts passes."""
+    """Counts passes, and the elements that each of them takes."""
 
     def __init__(self, batches: list[tuple[Tensor, Tensor]]):
-        self.batches, self.passes = batches, 0
+        self.batches = batches
+        self.taken: list[int] = []
+
+    @property
+    def passes(self) -> int:
+        return len(self.taken)
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        self.passes += 1
-        return iter(self.batches)
+        self.taken.append(0)
+        for batch in self.batches:
+            self.taken[-1] += 1
+            yield batch
 
 
 @pytest.mark.parametrize(
     ("options", "passes", "evaluations"),
     [
-        ({}, 3, 3),
-        ({"num_data": 6}, 3, 3),
+        ({}, 4, 3),
+        ({"num_data": 6}, 4, 3),
         ({"check_deterministic": False}, 2, 1),
         ({"check_deterministic": False, "num_data": 6}, 1, 1),
     ],
 )
 @pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical", "forward-only"])
 def test_passes(fisher_type: str, options: dict[str, Any], passes: int, evaluations: int):
-    """One pass besides those of the check or of counting; it evaluates each batch once."""
+    """One pass besides those of the check or of counting; it evaluates each batch once.
+
+    Before the check, the model is looked at, with the first batch alone.
+    """
     model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
     calls = []
     model.register_forward_hook(lambda module, args, output: calls.append(len(output)))
@@ -169,9 +180,51 @@ def test_passes(fisher_type: str, options: dict[str, Any], passes: int, evaluati
         fisher_type=fisher_type,
         **options,
     )
+    looks = passes == 4
+    expected = [1] * looks + [1, 2, 3] * evaluations
     assert data.passes == passes
-    assert calls == [1, 2, 3] * evaluations
+    assert data.taken[0] == (1 if looks else 3)
+    assert calls == expected
     K @ torch.rand(K.shape[1])
     K.inverse(damping=0.1).trace()
     assert data.passes == passes
-    assert calls == [1, 2, 3] * evaluations
+    assert calls == expected
+
+
+@pytest.mark.parametrize("check_deterministic", [False, True])
+def test_passes_until_an_error(check_deterministic: bool):
+    """What is unsupported is found in the first batch, before the check and the other batches."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.PReLU(), nn.Linear(3, 2))
+    calls: list[int] = []
+    model.register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    data = CountedData([(torch.rand(n, 2), torch.rand(n, 2)) for n in (1, 2, 3)])
+    arguments = (model, nn.MSELoss(), dict(model.named_parameters()), data)
+    with pytest.raises(NotImplementedError, match=r"1\.weight"):
+        KFACLinearOperator(*arguments, check_deterministic=check_deterministic, num_data=6)
+    assert calls == [1]
+    assert data.taken == [1]
+
+
+def test_diagonal_blocks_take_one_more_pass():
+    class Scale(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return input * self.bias
+
+    model = nn.Sequential(nn.Linear(2, 3), Scale(3, 3), nn.Linear(3, 2))
+    data = CountedData([(torch.rand(n, 2), torch.rand(n, 2)) for n in (1, 2, 3)])
+    arguments = (model, nn.MSELoss(), dict(model.named_parameters()), data)
+    for options, passes in (
+        ({}, [1, 3, 3, 3, 3]),
+        ({"check_deterministic": False, "num_data": 6}, [3, 3]),
+    ):
+        data.taken = []
+        KFACLinearOperator(*arguments, unsupported="diagonal", **options)
+        assert data.taken == passes
+
+
+def test_diagonal_blocks_cost_nothing_if_all_is_supported():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+    data = CountedData([(torch.rand(n, 2), torch.rand(n, 2)) for n in (1, 2, 3)])
+    arguments = (model, nn.MSELoss(), dict(model.named_parameters()), data)
+    KFACLinearOperator(*arguments, unsupported="diagonal")
+    assert data.taken == [1, 3, 3, 3]

@@ -1,13 +1,27 @@
-"""Cases in which KFAC was, or could be, wrong without a word."""
+"""Cases in which KFAC was, or could be, wrong without a word; parameters in parts or no layers."""
 
 import copy
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint
 
-from curvlinops import KFACLinearOperator
+from curvlinops import (
+    BlockDiagonalLinearOperator,
+    DiagonalLinearOperator,
+    GGNDiagonalLinearOperator,
+    GGNLinearOperator,
+    KFACLinearOperator,
+    LayerType,
+    register_layer,
+)
+from curvlinops.computers.formats import Format
+from curvlinops.computers.layers import LAYERS, Call
 
 F64 = torch.float64
 
@@ -48,7 +62,7 @@ def test_activation_checkpointing_is_refused(use_reentrant: bool):
 
     _, loss, _, data = linear_problem(torch.float32)
     model = Checkpointed()
-    with pytest.raises(NotImplementedError, match=r"'a'.*checkpoint"):
+    with pytest.raises(NotImplementedError, match=r"layer of 'a.weight' and 'a.bias'.*checkpoint"):
         KFACLinearOperator(model, loss, dict(model.named_parameters()), data)
 
 
@@ -91,3 +105,394 @@ def test_half_precision_pooling_does_not_overflow():
     torch.testing.assert_close(
         K.factors("linear.weight")[1].float(), mean.T @ mean / 2, rtol=2e-2, atol=0
     )
+
+
+# ---- parameters in parts -------------------------------------------------------------------------
+# What the package gets wrong; to be removed.
+BUG = pytest.mark.xfail(reason="known to be wrong")
+
+
+class Uses(nn.Module):
+    """A model from a function of it and the input, with its modules and parameters."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], **parts: nn.Module | Tensor):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, nn.Parameter(part) if isinstance(part, Tensor) else part)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+def batches(*sizes: int, d_in: int = 2, d_out: int = 2) -> list[tuple[Tensor, Tensor]]:
+    return [(torch.rand(n, 3, d_in, dtype=F64), torch.rand(n, 3, d_out, dtype=F64)) for n in sizes]
+
+
+def build(model: nn.Module, data: Any = None, params: Any = None, **options: Any):
+    params = dict(model.named_parameters()) if params is None else params
+    data = batches(2, 1) if data is None else data
+    return KFACLinearOperator(
+        model, nn.MSELoss(), params, data, **{"fisher_type": "type-2", **options}
+    )
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rows", [2, 1])
+def test_parts_are_layers_of_their_own(rows: int, transposed: bool, joint: bool, kfac_approx: str):
+    """Rows of a weight (columns of one that is stored transposed) with different inputs."""
+    W, b = torch.rand(4, 2), torch.rand(4)
+
+    def whole(m: Any, x: Tensor) -> Tensor:
+        if transposed:  # without bias
+            y = torch.tanh(x @ m.w[:, :rows]), torch.sin(2 * x) @ m.w[:, rows:]
+        else:
+            y = (
+                torch.tanh(F.linear(x, m.w[:rows], m.b[:rows])),
+                F.linear(torch.sin(2 * x), m.w[rows:], m.b[rows:]),
+            )
+        return torch.cat(y, dim=-1)
+
+    def split(m: Any, x: Tensor) -> Tensor:
+        return torch.cat([torch.tanh(m.first(x)), m.second(torch.sin(2 * x))], dim=-1)
+
+    linears = [nn.Linear(2, n, bias=not transposed) for n in (rows, 4 - rows)]
+    parts = zip(linears, W.split([rows, 4 - rows]), b.split([rows, 4 - rows]), strict=True)
+    for linear, weight, bias in parts:
+        linear.load_state_dict({"weight": weight, **({} if transposed else {"bias": bias})})
+    models = [
+        Uses(whole, **({"w": W.T.clone()} if transposed else {"w": W, "b": b})),
+        Uses(split, first=linears[0], second=linears[1]),
+    ]
+    data = batches(2, 1, d_out=4)
+    options = {"kfac_approx": kfac_approx, "separate_weight_and_bias": not joint}
+    K, expected = (build(model, data, **options) for model in models)
+    assert isinstance(K.block("w"), BlockDiagonalLinearOperator)
+    blocks = [expected.factors(f"{name}.weight") for name in ("first", "second")]
+    assert len(K.factors("w")) == 2
+    torch.testing.assert_close(K.factors("w"), blocks)
+    if not transposed and not joint:
+        blocks = [expected.factors(f"{name}.bias") for name in ("first", "second")]
+        torch.testing.assert_close(K.factors("b"), blocks)
+    dense = [expected.block(f"{name}.weight").to_dense() for name in ("first", "second")]
+    torch.testing.assert_close(K.block("w").to_dense(), torch.block_diag(*dense))
+    # what a part reads and writes is independent of the others: products with vectors, the inverse
+    v = torch.rand(K.shape[1], dtype=F64)
+    damped = K.to_dense() + 0.1 * torch.eye(len(v), dtype=F64)
+    torch.testing.assert_close(
+        K.inverse(damping=0.1, use_exact_damping=True) @ v, torch.linalg.solve(damped, v)
+    )
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_part_can_be_used_repeatedly(joint: bool):
+    """A part that two layers read is shared by them."""
+
+    def whole(m: Any, x: Tensor) -> Tensor:
+        h = F.linear(torch.tanh(F.linear(x, m.w[:2])), m.w[:2])
+        return h + F.linear(x, m.w[2:])
+
+    def split(m: Any, x: Tensor) -> Tensor:
+        return m.first(torch.tanh(m.first(x))) + m.second(x)
+
+    W = torch.rand(4, 2)
+    linears = [nn.Linear(2, 2, bias=False) for _ in range(2)]
+    for linear, weight in zip(linears, W.chunk(2), strict=True):
+        linear.load_state_dict({"weight": weight})
+    data = batches(2, 1)
+    K = build(Uses(whole, w=W), data, separate_weight_and_bias=not joint)
+    expected = build(Uses(split, first=linears[0], second=linears[1]), data)
+    blocks = [expected.factors(f"{name}.weight") for name in ("first", "second")]
+    torch.testing.assert_close(K.factors("w"), blocks)
+
+
+def test_the_transpose_is_a_weight():
+    """In the parameter's own order, K is that of the plain layer, permuted."""
+    W = torch.rand(2, 3)
+    plain = nn.Linear(2, 3, bias=False)
+    plain.load_state_dict({"weight": W.T})
+    data = batches(2, 1, d_out=3)
+    actual = build(Uses(lambda m, x: x @ m.w, w=W), data)
+    expected = build(plain.double(), data)
+    order = torch.arange(6).reshape(3, 2).T.flatten()
+    torch.testing.assert_close(actual.to_dense(), expected.to_dense()[order][:, order])
+
+
+@pytest.mark.parametrize(
+    ("use", "size"),
+    [
+        (lambda m, x: F.linear(x, m.w[:2], m.b[2:]) + F.linear(x, m.w[2:], m.b[:2]), 4),
+        (lambda m, x: F.linear(x, m.w[:2], m.b) + F.linear(x, m.w[2:]), 2),
+        (lambda m, x: F.linear(x, m.w[:2], m.b) + F.linear(x, m.w[2:], m.b), 2),
+    ],
+    ids=["crossed", "of one part", "of both parts"],
+)
+@BUG
+def test_bias_of_other_rows(use: Callable[[Any, Tensor], Tensor], size: int):
+    """A joint block would put the wrong rows of weight and bias together."""
+    model = Uses(use, w=torch.rand(4, 2), b=torch.rand(size))
+    assert build(model).trace() > 0
+    with pytest.raises(ValueError, match=r"conflicting biases.*separate_weight_and_bias=True"):
+        build(model, separate_weight_and_bias=False)
+
+
+# ---- parameters that are in no layer -------------------------------------------------------------
+def scaled(m: Any, x: Tensor) -> Tensor:
+    return m.b(torch.tanh(m.a(x)) * m.scale + m.shift)
+
+
+def scaled_model() -> Uses:
+    return Uses(
+        scaled, scale=torch.rand(3), a=nn.Linear(2, 3), shift=torch.rand(3), b=nn.Linear(3, 2)
+    )
+
+
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc", "empirical", "forward-only"])
+def test_diagonal_blocks(fisher_type: str, joint: bool, kfac_approx: str):
+    model, data = scaled_model(), batches(2, 3)
+    params = dict(model.named_parameters())
+    options = {
+        "fisher_type": fisher_type,
+        "kfac_approx": kfac_approx,
+        "separate_weight_and_bias": not joint,
+    }
+    K = build(model, data, unsupported="diagonal", **options)
+    layers = {name: p for name, p in params.items() if name[0] in "ab"}
+    others = {name: p for name, p in params.items() if name not in layers}
+    assert list(others) == ["scale", "shift"]
+    expected = build(model, data, layers, **options)
+    for name in layers:
+        torch.testing.assert_close(K.factors(name), expected.factors(name), rtol=0, atol=0)
+    assert [g for g in K.mapping if g not in expected.mapping] == [{"W": "scale"}, {"W": "shift"}]
+    diagonal = GGNDiagonalLinearOperator(model, nn.MSELoss(), others, data).diagonal()
+    G = GGNLinearOperator(model, nn.MSELoss(), others, data).to_dense()
+    torch.testing.assert_close(diagonal, G.diagonal())
+    for name, entries in zip(others, diagonal.split(3), strict=True):
+        (factor,) = K.factors(name)
+        assert isinstance(factor, DiagonalLinearOperator)
+        assert entries.all()
+        torch.testing.assert_close(K.block(name).to_dense(), entries.diag())
+
+    # in the whole matrix, at the parameters' places
+    dense, start = K.to_dense(), 0
+    torch.testing.assert_close(dense, dense.T)
+    for name, p in params.items():
+        rows = slice(start, start + p.numel())
+        start += p.numel()
+        if name in others:
+            torch.testing.assert_close(dense[rows, rows], K.block(name).to_dense())
+            assert dense[rows].count_nonzero() == p.numel()
+    torch.testing.assert_close(K.trace(), dense.trace())
+    torch.testing.assert_close(K.diagonal(), dense.diagonal())
+
+    v = torch.rand(len(dense), dtype=F64)
+    torch.testing.assert_close(K @ v, dense @ v)
+    damped = dense + 0.1 * torch.eye(len(dense), dtype=F64)
+    inverse = K.inverse(damping=0.1, use_exact_damping=True)
+    torch.testing.assert_close(inverse @ v, torch.linalg.solve(damped, v))
+    for heuristic in ({}, {"use_heuristic_damping": True}):
+        product = K.inverse(damping=0.1, **heuristic) @ v
+        torch.testing.assert_close(product[:6], v[:6] / (dense.diagonal()[:6] + 0.1))
+
+
+def test_all_blocks_can_be_diagonal():
+    model = Uses(lambda m, x: x * m.scale + m.shift, scale=torch.rand(2), shift=torch.rand(2))
+    data = batches(2)
+    K = build(model, data, unsupported="diagonal")
+    D = GGNDiagonalLinearOperator(model, nn.MSELoss(), dict(model.named_parameters()), data)
+    torch.testing.assert_close(K.to_dense(), D.to_dense())
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize(
+    ("use", "parts", "name"),
+    [
+        (lambda m, x: m.lin(x) * m.lin.bias, {}, "lin.bias"),
+        (lambda m, x: m.lin(x) * m.lin.weight.sum(), {}, "lin.weight"),
+        (lambda m, x: m.norm(m.lin(x)) * m.norm.bias, {"norm": nn.LayerNorm}, "norm.bias"),
+        (lambda m, x: m.norm(m.lin(x)) * m.norm.weight, {"norm": nn.LayerNorm}, "norm.weight"),
+        (lambda m, x: m.lin(F.linear(F.linear(x, m.w).tanh(), m.w.T)), {"w": None}, "w"),
+        (lambda m, x: m.lin(F.linear(x, m.w[:2]) * F.linear(x, m.w[1:])), {"w": None}, "w"),
+    ],
+    ids=["bias", "weight", "norm's bias", "norm's weight", "transposed", "overlapping"],
+)  # fmt: skip
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.filterwarnings("ignore:Examples cannot be differentiated:UserWarning")
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+def test_diagonal_block_of_a_parameter_that_is_in_a_layer_too(
+    use: Any,
+    parts: dict[str, Any],
+    name: str,
+    joint: bool,
+    later: bool,
+    kfac_approx: str,
+    request: pytest.FixtureRequest,
+):
+    """The other parameters of that layer keep their factors; also if a later batch shows it."""
+    if joint and "." in name:
+        request.applymarker(BUG)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        if later and len(x) == 2:
+            return m.lin(x) if name == "w" else getattr(m, name.split(".")[0])(m.plain(x))
+        return use(m, x)
+
+    made = {key: torch.rand(3, 2) if kind is None else kind(2) for key, kind in parts.items()}
+    model = Uses(forward, lin=nn.Linear(2, 2), plain=nn.Linear(2, 2), **made)
+    for p in model.parameters():
+        nn.init.normal_(p)
+    params, data = dict(model.named_parameters()), batches(2, 3)
+    options = {"separate_weight_and_bias": not joint, "kfac_approx": kfac_approx}
+    K = build(model, data, unsupported="diagonal", **options)
+    D = GGNDiagonalLinearOperator(model, nn.MSELoss(), {name: params.pop(name)}, data)
+    assert D.diagonal().all()
+    torch.testing.assert_close(K.block(name).to_dense(), D.to_dense())
+    expected = build(model, data, params, **options)
+    for other in params:
+        torch.testing.assert_close(K.factors(other), expected.factors(other))
+
+
+def test_non_finite_diagonal_blocks():
+    model = scaled_model()
+    nn.init.constant_(model.a.bias, torch.nan)
+    params = {"scale": model.scale}
+    with pytest.raises(RuntimeError, match=r"factor of 'scale' has non-finite"):
+        build(model, params=params, unsupported="diagonal", check_deterministic=False)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_norms_whose_bias_is_not_always_used(joint: bool):
+    """Batches with and without the bias add up."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return F.layer_norm(m.lin(x), (2,), m.norm.weight, m.norm.bias if len(x) == 2 else None)
+
+    model = Uses(forward, lin=nn.Linear(2, 2), norm=nn.LayerNorm(2))
+    data = [(X[:, 0], y[:, 0]) for X, y in batches(2, 3)]
+    params = {name: p for name, p in model.named_parameters() if "norm" in name}
+    K = build(model, data, params, separate_weight_and_bias=not joint)
+    G = GGNLinearOperator(model, nn.MSELoss(), params, data)
+    torch.testing.assert_close(K.diagonal(), G.to_dense().diagonal())
+
+
+@pytest.mark.parametrize(
+    ("limit", "joint"),
+    [
+        *((limit, joint) for limit in (2, 4, 100) for joint in (False, True) if limit + joint != 3),
+        pytest.param(2, True, marks=BUG),
+    ],
+)
+def test_wide_ties(limit: int, joint: bool):
+    """An embedding that is tied to the output layer, with sides that keep their diagonal."""
+    model = Uses(lambda m, x: m.out(m.e(x).tanh()), e=nn.Embedding(5, 3), out=nn.Linear(3, 5))
+    model.out.weight = model.e.weight
+    data = [(torch.randint(5, (6,)), torch.rand(6, 5, dtype=F64))]
+    K = build(model, data, max_factor_size=limit, separate_weight_and_bias=not joint)
+    B, A = K.factors("e.weight")
+    assert isinstance(B, DiagonalLinearOperator) == (limit < 5)
+    assert isinstance(A, DiagonalLinearOperator) == (limit < 3 + joint)
+    assert K.trace() > 0
+
+
+# ---- layers that users add -----------------------------------------------------------------------
+@pytest.fixture
+def _restored_layers() -> Iterator[None]:
+    before = list(LAYERS)
+    yield
+    LAYERS[:] = before
+
+
+def _read_inner(input: Tensor, other: Tensor) -> Call | None:
+    return Call(input, other, None, Format()) if other.ndim == 2 else None
+
+
+def _read_tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Any = None) -> Call | None:
+    return Call(a, b.T, None, Format()) if dims == 1 and b.ndim == 2 else None
+
+
+def scaled_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """A function of one's own, which asks for modes as those of PyTorch do."""
+    if has_torch_function((x, weight)):
+        return handle_torch_function(scaled_linear, (x, weight), x, weight)
+    return F.linear(2 * x, weight)
+
+
+def _read_scaled(x: Tensor, weight: Tensor) -> Call | None:
+    return Call(2 * x, weight, None, Format())
+
+
+@pytest.mark.usefixtures("_restored_layers")
+@pytest.mark.parametrize("kfac_approx", ["expand", "reduce"])
+@pytest.mark.parametrize(
+    ("functions", "use", "scale", "transposed"),
+    [
+        ({torch.inner: _read_inner}, lambda m, x: torch.inner(x, m.w), 1, False),
+        ({Tensor.inner: _read_inner}, lambda m, x: x.inner(m.w), 1, False),
+        ({torch.tensordot: _read_tensordot}, lambda m, x: torch.tensordot(x, m.w, 1), 1, True),
+        ({scaled_linear: _read_scaled}, lambda m, x: scaled_linear(x, m.w), 2, False),
+    ],
+    ids=["inner", "method", "tensordot", "own"],
+)
+def test_registered_layers(
+    functions: Any, use: Any, scale: float, transposed: bool, kfac_approx: str
+):
+    W, data = torch.rand(2, 2), batches(2, 3)
+    model = Uses(lambda m, x: m.lin(use(m, x).tanh()), w=W, lin=nn.Linear(2, 2))
+    plain = Uses(
+        lambda m, x: m.lin(m.own(scale * x).tanh()), own=nn.Linear(2, 2, bias=False), lin=model.lin
+    )
+    plain.own.load_state_dict({"weight": W.T if transposed else W})
+    torch.testing.assert_close(model(data[0][0]), plain(data[0][0]))
+    with pytest.raises(NotImplementedError, match=r"'w' \(used by \w+\). Supported: Linear"):
+        build(model, data)
+    register_layer(LayerType("Mine", functions, {}))
+    K, expected = (build(m, data, kfac_approx=kfac_approx) for m in (model, plain))
+    torch.testing.assert_close(K.factors("w"), expected.factors("own.weight"))
+    for name in ("lin.weight", "lin.bias"):
+        torch.testing.assert_close(K.factors(name), expected.factors(name))
+    model = Uses(lambda m, x: m.a * use(m, x), w=W, a=torch.rand(2))
+    with pytest.raises(NotImplementedError, match=r"'a' \(used by mul\). Supported: Mine, Linear"):
+        build(model, data)
+
+
+@pytest.mark.usefixtures("_restored_layers")
+def test_registered_layers_can_decline_a_call():
+    """A call that the entry does not read is any other use of the parameter."""
+    register_layer(LayerType("Mine", {torch.tensordot: _read_tensordot}, {}))
+    model = Uses(lambda m, x: x * torch.tensordot(m.w, m.w, 2), w=torch.rand(2, 2))
+    with pytest.raises(NotImplementedError, match=r"'w' \(used by tensordot\)"):
+        build(model)
+
+
+@pytest.mark.usefixtures("_restored_layers")
+def test_registered_layers_replace_earlier_ones():
+    model = Uses(lambda m, x: m.lin(x), lin=nn.Linear(2, 2))
+    data = batches(2, 3)
+    before = build(model, data)
+    calls = []
+
+    def read(*args: Any) -> Call | None:
+        calls.append(len(args))
+        return None
+
+    register_layer(LayerType("None", {F.linear: read}, {}))
+    with pytest.raises(
+        NotImplementedError, match=r"'lin.weight' \(used by linear\), 'lin.bias' \(used by linear\)"
+    ):
+        build(model, data)
+    assert set(calls) == {3}
+    LAYERS.pop(0)
+    torch.testing.assert_close(build(model, data).to_dense(), before.to_dense())
+
+
+@pytest.mark.parametrize("layer", [F.linear, LayerType, ("Mine", {}, {}), None])
+def test_only_layer_types_are_registered(layer: Any):
+    before = list(LAYERS)
+    with pytest.raises(TypeError, match="register_layer takes a LayerType, got"):
+        register_layer(layer)
+    assert before == LAYERS

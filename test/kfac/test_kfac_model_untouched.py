@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -103,13 +104,13 @@ def equal(a: Any, b: Any) -> bool:
 class Watched:
     """A model, parameters of other values, data, and what they looked like."""
 
-    def __init__(self) -> None:
-        self.model = Model()
+    def __init__(self, model: Model | None = None) -> None:
+        self.model = Model() if model is None else model
         self.model.lin.weight.grad = torch.rand(3, 8)
         self.params = {
             name: (p + 0.1).detach().requires_grad_()
             for name, p in self.model.named_parameters()
-            if not name.startswith("norm")
+            if name != "norm.bias"
         }
         self.params["lin.bias"].grad = torch.rand(3)
         self.data = [
@@ -154,11 +155,77 @@ def test_untouched(fisher_type: str, check_deterministic: bool, mode: Any):
 @pytest.mark.parametrize("check_deterministic", [False, True])
 def test_untouched_after_an_exception(where: str, error: BaseException, check_deterministic: bool):
     watched = Watched()
-    # in the second batch of KFAC's own pass, which comes after two passes of the check
-    visit = 2 + 2 * len(watched.data) * (check_deterministic and where != "backward")
+    visit = 2
+    if where != "backward":  # in the second batch of KFAC's own pass, which is the last one
+        many = 10**6
+        watched.model.fails = (where, many, error)
+        watched.kfac(check_deterministic=check_deterministic)
+        assert watched.model.fails is not None
+        visit = many - watched.model.fails[1] - 1
+        assert visit > 2 * len(watched.data) * check_deterministic
     watched.model.fails = (where, visit, error)
     with pytest.raises(type(error)):
         watched.kfac(check_deterministic=check_deterministic)
+    watched.assert_untouched()
+
+
+@pytest.mark.parametrize("check_deterministic", [False, True])
+@pytest.mark.parametrize("where", ["forward", "hook"])
+@pytest.mark.parametrize("visit", [1, 2])
+def test_untouched_after_an_exception_while_looking(
+    visit: int, where: str, check_deterministic: bool
+):
+    """A model may be unable to do with few examples, which is no error."""
+    watched = Watched()
+    expected = watched.kfac().to_dense()
+    watched.model.fails = (where, visit, ValueError("few examples"))
+    K = watched.kfac(check_deterministic=check_deterministic)
+    watched.assert_untouched()
+    torch.testing.assert_close(K.to_dense(), expected)
+    watched.model.fails = (where, visit, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        watched.kfac(check_deterministic=check_deterministic)
+    watched.assert_untouched()
+
+
+class Scaled(Model):
+    """The same with a parameter that is in no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+
+@pytest.mark.parametrize("check_deterministic", [False, True])
+def test_untouched_when_a_parameter_is_not_supported(check_deterministic: bool):
+    watched = Watched(Scaled())
+    options = {"check_deterministic": check_deterministic}
+    with pytest.raises(NotImplementedError, match=r"layers: 'scale' \(used by mul\)"):
+        watched.kfac(**options)
+    watched.assert_untouched()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Examples cannot be differentiated", UserWarning)
+        K = watched.kfac(unsupported="diagonal", **options)
+    assert not any(factor.requires_grad for factor in K.factors("lin.weight"))
+    assert not K.block("scale").to_dense().requires_grad
+    watched.assert_untouched()
+
+
+def test_untouched_after_an_exception_in_a_diagonal_block():
+    """In the pass for the diagonal, which comes after KFAC's own."""
+    watched = Watched(Scaled())
+    error = KeyboardInterrupt()
+    many = 10**6
+    watched.model.fails = ("forward", many, error)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Examples cannot be differentiated", UserWarning)
+        watched.kfac(check_deterministic=False, num_data=6, unsupported="diagonal")
+    watched.model.fails = ("forward", many - watched.model.fails[1], error)
+    with pytest.raises(KeyboardInterrupt):
+        watched.kfac(check_deterministic=False, num_data=6, unsupported="diagonal")
     watched.assert_untouched()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from kfac_cases import setup
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from curvlinops import DiagonalLinearOperator, KFACLinearOperator
 
@@ -37,6 +38,53 @@ def test_joint_and_shared():
     )
     assert second.startswith("c.weight + c.bias") and "shared" not in second
     assert K.mapping == [{"W": "a.weight", "b": "a.bias"}, {"W": "c.weight", "b": "c.bias"}]
+
+
+def test_diagonal_blocks_of_parameters_in_no_layer():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lin, self.norm = nn.Linear(2, 3), nn.LayerNorm(3)
+            self.scale = nn.Parameter(torch.rand(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.lin(x)) * self.scale
+
+    model = Model()
+    data = [(torch.rand(4, 2), torch.rand(4, 3))]
+    arguments = (model, nn.MSELoss(), dict(model.named_parameters()), data)
+    K = KFACLinearOperator(*arguments, fisher_type="type-2", unsupported="diagonal")
+    lines = K.summary().splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("  ") if cell] for line in lines[:-1]]
+    assert cells == [
+        ["scale", "any", "diag(3)", "3", "no supported layer: exact diagonal"],
+        ["lin.weight", "Linear", "3×3 ⊗ 2×2", "6"],
+        ["lin.bias", "Linear", "3×3", "3"],
+        ["norm.weight", "LayerNorm", "3×3", "3"],
+        ["norm.bias", "LayerNorm", "3×3", "3"],
+    ]
+    assert lines[-1].startswith("5 blocks, 18 parameters")
+    assert [list(group.values()) for group in K.mapping] == [[row[0]] for row in cells]
+
+
+def test_parts_of_a_weight():
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.rand(5, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = [self.w[:2], self.w[2:3], self.w[3:]]
+            return torch.cat([F.linear(x, part) for part in parts], dim=-1)
+
+    model = Model()
+    arguments = (
+        nn.MSELoss(),
+        dict(model.named_parameters()),
+        [(torch.rand(4, 2), torch.rand(4, 5))],
+    )
+    (line,) = KFACLinearOperator(model, *arguments).summary().splitlines()[2:-1]
+    assert line.split() == ["w", "Linear", *"2 × (2×2 ⊗ 2×2), 1 × (1×1 ⊗ 2×2)".split(" "), "10"]
 
 
 @pytest.mark.parametrize("approx", ["expand", "reduce"])

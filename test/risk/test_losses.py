@@ -91,7 +91,9 @@ class Case:
     @cached_property
     def gradient(self) -> Tensor:
         """Gradient of the summed loss, ``[m, C]``."""
-        return grad(lambda f: self.module("sum")(f, self.y))(self.f).flatten()[self.positions]
+        # Before torch 2.7, the square loss of integers can be evaluated, but not differentiated.
+        y = self.y.to(self.f.dtype) if self.loss_cls is nn.MSELoss else self.y
+        return grad(lambda f: self.module("sum")(f, y))(self.f).flatten()[self.positions]
 
     @cached_property
     def hessians(self) -> Tensor:

@@ -1,0 +1,310 @@
+"""The weight-sharing format of each kind of layer: what its inputs and output gradients are.
+
+A format knows a layer's configuration, and nothing of modules, functions or graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import ClassVar
+
+import torch
+from einconv import index_pattern
+from torch import Tensor
+from torch.nn import functional
+
+from curvlinops.computers.positions import Positions, Tokens, split_examples
+from curvlinops.kfac_utils import Layout
+
+_CONV_TRANSPOSE = (
+    None,
+    functional.conv_transpose1d,
+    functional.conv_transpose2d,
+    functional.conv_transpose3d,
+)
+
+
+@dataclass(frozen=True)
+class Format:
+    """The format of linear layers, and the base class of the others.
+
+    Attributes:
+        name: Its name in messages.
+        groups: Number of channel groups, each with a block of its own.
+        is_norm: Whether weight and bias scale and shift a normalised input: their curvature is
+            computed from the gradients of both, instead of as a Kronecker product.
+    """
+
+    name: ClassVar[str] = "Linear"
+    groups: int = 1
+    is_norm: ClassVar[bool] = False
+    is_embedding: ClassVar[bool] = False
+
+    def layout(self, shape: Sequence[int]) -> Layout | None:
+        """Return how a weight of a shape is stored, if not as ``[d_out, *d_in]``."""
+        return None
+
+    def widths(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return d_out of all groups together, and d_in of one, of a weight of a shape."""
+        return shape[0], prod(shape[1:])
+
+    def positions(self, x: Tensor, n: int, where: str) -> Positions:
+        """Return the inputs of n examples in weight-sharing format; ``where`` is for messages."""
+        inputs = split_examples(x, n, where)
+        return Positions(inputs.shape[1], lambda: inputs)
+
+    def gradients(self, gradient: Tensor, n: int, where: str) -> Tensor:
+        """Return output gradients of n examples, ``[n, S, d_out]``."""
+        return split_examples(gradient, n, where)
+
+
+def _channels_last(tensor: Tensor, spatial: int) -> Tensor:
+    """Bring ``[..., C, *spatial]`` to ``[B, pixels, C]``; the batch axis may be missing."""
+    if tensor.ndim == spatial + 1:
+        tensor = tensor.unsqueeze(0)
+    return tensor.flatten(2).mT
+
+
+@dataclass(frozen=True)
+class ConvolutionFormat(Format):
+    """The format of convolutions: the patch of every output pixel is a position."""
+
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Its name in messages."""
+        return f"Conv{len(self.kernel_size)}d"
+
+    def positions(self, x: Tensor, n: int, where: str) -> Positions:
+        """Return the patches of n examples."""
+        if x.ndim == len(self.kernel_size) + 1:
+            x = x.unsqueeze(0)
+        sides = [amount for pair in reversed(self.padding) for amount in pair]
+        if any(sides):
+            x = functional.pad(x, sides)
+        axes = list(zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True))
+        num_pixels = prod((i - d * (k - 1) - 1) // s + 1 for i, k, s, d in axes)
+
+        def rows() -> Tensor:
+            if len(axes) == 2:
+                patches = functional.unfold(
+                    x, self.kernel_size, dilation=self.dilation, stride=self.stride
+                ).mT
+            else:
+                patches = _windows(x, axes)
+            return split_examples(patches, n, where)
+
+        def mean() -> Tensor:
+            averaged = x
+            for i, k, s, d in axes:  # the first axis is contracted and its kernel axis appended
+                pattern = index_pattern(
+                    i, k, stride=s, padding=0, dilation=d, dtype=x.dtype, device=x.device
+                ).mean(1)  # [k, i]
+                averaged = torch.tensordot(averaged, pattern, dims=([2], [1]))
+            return split_examples(averaged.flatten(1).unsqueeze(1), n, where).mean(1)
+
+        return Positions(num_pixels * x.shape[0] // n, rows, mean)
+
+    def gradients(self, gradient: Tensor, n: int, where: str) -> Tensor:
+        """Return the gradients of the pixels of n examples."""
+        return split_examples(_channels_last(gradient, len(self.kernel_size)), n, where)
+
+
+def _windows(x: Tensor, axes: list[tuple[int, int, int, int]]) -> Tensor:
+    """Return all patches of images ``[B, C, *I]``, as ``[B, pixels, C * kernel]``."""
+    for axis, (_, k, s, d) in enumerate(axes, start=2):
+        x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]  # the kernel's axis is appended
+    spatial = len(axes)
+    pixels = prod(x.shape[2 : 2 + spatial])
+    x = x.movedim(1, 1 + spatial)  # [B, *O, C, *K]
+    return x.reshape(x.shape[0], pixels, -1)
+
+
+@dataclass(frozen=True)
+class TransposedConvolutionFormat(Format):
+    """The format of transposed convolutions: the positions are the output pixels.
+
+    An output pixel sees the input pixels that the kernel spreads to it: those are read off by a
+    transposed convolution with one-hot kernels.
+    """
+
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    output_padding: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Its name in messages."""
+        return f"ConvTranspose{len(self.kernel_size)}d"
+
+    def layout(self, shape: Sequence[int]) -> Layout | None:
+        """Bring ``[C_in, C_out / groups, *K]`` to ``[C_out, C_in / groups * K]``."""
+        view = [self.groups, shape[0] // self.groups, shape[1], prod(shape[2:])]
+        return {"view": view, "order": [0, 2, 1, 3]}
+
+    def widths(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return C_out, and the width of a group's patch."""
+        return self.groups * shape[1], shape[0] // self.groups * prod(shape[2:])
+
+    def positions(self, x: Tensor, n: int, where: str) -> Positions:
+        """Return what every output pixel of n examples sees."""
+        if x.ndim == len(self.kernel_size) + 1:
+            x = x.unsqueeze(0)
+        entries = prod(self.kernel_size)
+        axes = (self.stride, self.padding, self.output_padding, self.dilation)
+        sizes = [
+            (i - 1) * s - 2 * p + d * (k - 1) + o + 1
+            for i, k, s, p, o, d in zip(x.shape[2:], self.kernel_size, *axes, strict=True)
+        ]
+
+        def rows() -> Tensor:
+            kernels = torch.eye(entries, dtype=x.dtype, device=x.device)
+            kernels = kernels.reshape(1, entries, *self.kernel_size)
+            transposed = _CONV_TRANSPOSE[len(self.kernel_size)]
+            assert transposed is not None
+            seen = transposed(
+                x.reshape(-1, 1, *x.shape[2:]),
+                kernels,
+                stride=self.stride,
+                padding=self.padding,
+                output_padding=self.output_padding,
+                dilation=self.dilation,
+            )  # [B * C_in, kernel, *pixels]
+            seen = seen.reshape(x.shape[0], x.shape[1] * entries, -1).mT
+            return split_examples(seen, n, where)
+
+        return Positions(prod(sizes) * x.shape[0] // n, rows)
+
+    def gradients(self, gradient: Tensor, n: int, where: str) -> Tensor:
+        """Return the gradients of the pixels of n examples."""
+        return split_examples(_channels_last(gradient, len(self.kernel_size)), n, where)
+
+
+@dataclass(frozen=True)
+class EmbeddingFormat(Format):
+    """The format of embeddings, linear layers of one-hot inputs."""
+
+    name: ClassVar[str] = "Embedding"
+    is_embedding: ClassVar[bool] = True
+    size: int = 0
+    padding_idx: int | None = None
+    dtype: torch.dtype = torch.float32
+
+    def layout(self, shape: Sequence[int]) -> Layout | None:
+        """Transpose ``[V, d]``."""
+        return {"view": list(shape), "order": [1, 0]}
+
+    def widths(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return d and V."""
+        return shape[1], shape[0]
+
+    def positions(self, x: Tensor, n: int, where: str) -> Positions:
+        """Return the tokens of n examples; padding counts, but its input is zero."""
+        indices = split_examples(x.unsqueeze(-1), n, where).squeeze(-1).long()
+        weights = torch.ones_like(indices, dtype=self.dtype)
+        if self.padding_idx is not None:
+            weights = weights * (indices != self.padding_idx)
+        return Tokens(indices, weights, self.size)
+
+
+@dataclass(frozen=True)
+class NormFormat(Format):
+    """The format of normalisation over the last axes: the inputs are the normalised ones.
+
+    Attributes:
+        kind: ``"LayerNorm"`` or ``"RMSNorm"``.
+        shape: The normalised shape.
+        eps: Added to the variance.
+    """
+
+    kind: str = "LayerNorm"
+    shape: tuple[int, ...] = ()
+    eps: float | None = 1e-5
+    is_norm: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Its name in messages."""
+        return self.kind
+
+    def widths(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return the number of weights."""
+        return prod(shape), 0
+
+    def positions(self, x: Tensor, n: int, where: str) -> Positions:
+        """Return normalised inputs ``[n, S, d]``."""
+
+        def rows() -> Tensor:
+            if self.kind == "RMSNorm":
+                normalized = functional.rms_norm(x, list(self.shape), None, self.eps)
+            else:
+                assert self.eps is not None
+                normalized = functional.layer_norm(x, list(self.shape), None, None, self.eps)
+            return self.gradients(normalized, n, where)
+
+        return Positions(x.numel() // max(n * prod(self.shape), 1), rows)
+
+    def gradients(self, gradient: Tensor, n: int, where: str) -> Tensor:
+        """Flatten the normalised axes, and split the others."""
+        return split_examples(gradient.flatten(-len(self.shape)), n, where)
+
+
+@dataclass(frozen=True)
+class ChannelNormFormat(Format):
+    """The format of normalisation with a weight per channel, the second axis.
+
+    Attributes:
+        kind: ``"GroupNorm"`` or ``"BatchNorm"`` (in evaluation mode).
+        num_groups: Of GroupNorm.
+        eps: Added to the variance.
+        statistics: Mean and variance, of BatchNorm.
+    """
+
+    kind: str = "GroupNorm"
+    num_groups: int = 1
+    eps: float = 1e-5
+    statistics: tuple[Tensor, Tensor] | None = field(default=None, compare=False, repr=False)
+    is_norm: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        """Its name in messages."""
+        return self.kind
+
+    def widths(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Return the number of weights."""
+        return prod(shape), 0
+
+    def positions(self, x: Tensor, n: int, where: str) -> Positions:
+        """Return normalised inputs ``[n, S, C]``."""
+
+        def rows() -> Tensor:
+            if self.statistics is not None:
+                normalized = functional.batch_norm(x, *self.statistics, eps=self.eps)
+            else:
+                normalized = functional.group_norm(x, self.num_groups, eps=self.eps)
+            return self.gradients(normalized, n, where)
+
+        return Positions(x.numel() // max(n * x.shape[1], 1), rows)
+
+    def gradients(self, gradient: Tensor, n: int, where: str) -> Tensor:
+        """Bring the channels to the end, and split the rest."""
+        return split_examples(gradient.movedim(1, -1), n, where)
+
+
+__all__ = [
+    "ChannelNormFormat",
+    "ConvolutionFormat",
+    "EmbeddingFormat",
+    "Format",
+    "NormFormat",
+    "TransposedConvolutionFormat",
+]

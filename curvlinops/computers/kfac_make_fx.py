@@ -1,0 +1,361 @@
+"""KFAC's factors, gathered from a trace of the model's operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from itertools import chain, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops.computers._base import Key, KFACComputer, Statistic
+from curvlinops.computers.make_fx import (
+    MakeFxCollector,
+    Trace,
+    flat_function,
+    signature,
+    trace_model,
+)
+from curvlinops.kfac_utils import FisherType, KFACType, ParamGroup
+from curvlinops.risk import Batch
+from curvlinops.risk.data import TermCounter
+from curvlinops.risk.model import ModelFunction
+
+
+class MakeFxKFACComputer(KFACComputer):
+    """Computes KFAC's factors from a graph of operations, for any model.
+
+    The arguments are those of :class:`~curvlinops.KFACLinearOperator`. The model, an ``nn.Module``
+    or a function ``(params, X) -> prediction``, is traced once for each shape of a batch; the
+    layers are found among the operations. Inputs and output gradients of layers are turned into
+    their second moments as soon as they exist, and no gradient of a weight is computed.
+
+    Raises:
+        NotImplementedError: If the derivative of the model is not that of its operations (custom
+            autograd functions, hooks on gradients).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = lambda p, X: nn.functional.linear(X, p["W"], p["b"])
+        >>> params = {"W": torch.rand(2, 3), "b": torch.rand(2)}
+        >>> data = [(torch.rand(4, 3), torch.rand(4, 2))]
+        >>> computer = MakeFxKFACComputer(model, nn.MSELoss(), params, data)
+        >>> inputs, gradients, mapping = computer.compute()
+        >>> mapping
+        [{'W': 'W'}, {'b': 'b'}]
+        >>> inputs["W",].shape
+        torch.Size([3, 3])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        # with the tensors that the keys identify, lest others take their places
+        self._traces: dict[Hashable, tuple[Trace, list[Any]]] = {}
+        super().__init__(*args, **kwargs)
+
+    def _look(self, batch: Batch) -> None:
+        """Find out how the model uses its parameters, from a forward pass."""
+        collector = MakeFxCollector(lambda *_: None, lambda *_: None)
+        self._evaluate(collector, self.risk.params, batch)
+
+    def _trace(self, X: Any) -> Trace:
+        """Return the trace for a batch."""
+        inputs = signature(X)
+        state = self.risk.dependencies()  # other tensors of the model, train/eval flags, autocast
+        key = (inputs, *(id(x) if isinstance(x, Tensor) else signature(x) for x in state))
+        if key in self._traces:
+            return self._traces[key][0]
+        with self.risk.watching():
+            trace = trace_model(self.risk.predict, self.risk.params, X)
+        if inputs is not None and trace.reusable:
+            self._traces[key] = (trace, state)
+        return trace
+
+    def _evaluate(
+        self, collector: MakeFxCollector, params: dict[str, Tensor], batch: Batch
+    ) -> Tensor:
+        """Evaluate the model, and note how it uses its parameters."""
+        prediction = collector.forward(self._trace(batch.X), params, batch.X, batch.n)
+        self._note(collector.calls, collector.other_uses)
+        return prediction
+
+    def _gather(self, statistic: Statistic, what: str, signs: str) -> Tensor | float:
+        """Pass over the data; see the base class."""
+        counter = self.risk.term_counter()
+        params = self.risk.params
+
+        def visit(batch: Batch) -> Tensor | float:
+            return self._visit(statistic, params, batch, counter, signs)
+
+        return self.risk.for_each_batch(visit, what)
+
+    def _visit(
+        self,
+        statistic: Statistic,
+        params: dict[str, Tensor],
+        batch: Batch,
+        counter: TermCounter,
+        signs: str,
+    ) -> Tensor | float:
+        """Give a statistic the events of a batch; return the loss's normalizer."""
+        collector = MakeFxCollector(statistic.on_input, statistic.on_gradient)
+        prediction = self._evaluate(collector, params, batch)
+        statistic.end_of_forward()
+        F, targets = self.loss.terms(prediction, batch.y)
+        vectors = self._vectors(batch, F, targets, counter, signs)
+        for vector, following in pairwise(chain(vectors, [None])):
+            assert vector is not None
+            collector.backward(F, vector, last=following is None)
+            statistic.end_of_backward()
+        statistic.end_of_batch()
+        with torch.no_grad():
+            return self.loss.normalizer(F.detach(), targets, batch.n)
+
+
+# --------------------------------------------------------------------------------------------------
+# Functions of one batch
+# --------------------------------------------------------------------------------------------------
+class GivenNumbers:
+    """A source of random numbers that returns those it was given.
+
+    Args:
+        uniforms: Uniforms on the open interval (0, 1), ``[m, draws]``; None to draw them from
+            torch's global generator.
+    """
+
+    def __init__(self, uniforms: Tensor | None = None):
+        self._given = uniforms
+        #: The shape of the uniforms that were asked for; None if none were.
+        self.shape: tuple[int, int] | None = None
+
+    def uniforms(self, purpose: str, first_term: int, num_terms: int, draws: int) -> Tensor:
+        """Return uniforms ``[num_terms, draws]``."""
+        self.shape = (num_terms, draws)
+        return open_uniforms(self.shape, None) if self._given is None else self._given
+
+    def signs(self, purpose: str, first_term: int, num_terms: int, draws: int) -> Tensor:
+        """Return signs ``[num_terms, draws]``: -1 where the uniform is below 1/2, else 1."""
+        uniforms = self.uniforms(purpose, first_term, num_terms, draws)
+        return (uniforms >= 0.5).to(torch.float64) * 2 - 1
+
+
+def open_uniforms(shape: tuple[int, int], device: torch.device | None) -> Tensor:
+    """Draw uniforms on the open interval (0, 1) from torch's global generator, in float64."""
+    return torch.rand(shape, dtype=torch.float64, device=device).clamp(min=2.0**-54)
+
+
+class OneBatch(KFACComputer):
+    """Mixed into a computer: its passes are over one batch of given tensors.
+
+    :meth:`given` sets them. The batch counts as all data.
+    """
+
+    _visit: Callable[..., Tensor | float]
+    _evaluate: Callable[..., Tensor]
+
+    def first_batch(self) -> Batch:
+        """Return the first batch of the data, and find out how the model uses its parameters."""
+        for batch in self.risk.batches("Looking at the model"):
+            self._batch = batch
+            self._params = self.risk.params
+            with self.risk.undisturbed():
+                self._look(batch)
+            return batch
+        raise ValueError("There is no batch.")
+
+    def given(self, params: dict[str, Tensor], X: Any, y: Any, uniforms: Tensor | None) -> None:
+        """Set parameters, batch and random numbers."""
+        self._params = params
+        self._batch = Batch(X, y, self._batch.n)
+        self._random = GivenNumbers(uniforms)  # type: ignore[assignment]
+
+    def random_shape(self) -> tuple[int, int] | None:
+        """Return the shape of the random numbers of the batch; None if it needs none."""
+        collector = MakeFxCollector(lambda *_: None, lambda *_: None)
+        prediction = self._evaluate(collector, self._params, self._batch)
+        F, targets = self.loss.terms(prediction.detach(), self._batch.y)
+        numbers = GivenNumbers()
+        before, self._random = self._random, numbers  # type: ignore[assignment]
+        next(self._vectors(self._batch, F, targets, TermCounter()), None)
+        self._random = before
+        return numbers.shape
+
+    def _gather(self, statistic: Statistic, what: str, signs: str) -> Tensor | float:
+        """Pass over the batch."""
+        normalizer = self._visit(statistic, self._params, self._batch, TermCounter(), signs)
+        return 1.0 if self.risk.reduction == "sum" else 1 / normalizer
+
+
+class _OneBatchKFACComputer(OneBatch, MakeFxKFACComputer):
+    """Computes KFAC's factors of one batch."""
+
+
+def make_compute_kfac_batch(
+    model_func: ModelFunction,
+    loss_func: Callable[[Any, Any], Tensor],
+    params: dict[str, Tensor],
+    X: Any,
+    y: Any,
+    fisher_type: FisherType | str = FisherType.MC,
+    mc_samples: int = 1,
+    kfac_approx: KFACType | str = KFACType.EXPAND,
+    separate_weight_and_bias: bool = True,
+    **options: Any,
+) -> tuple[
+    Callable[..., tuple[dict[Key, Any], dict[Key, Any]]],
+    list[ParamGroup],
+]:
+    r"""Return a function that computes KFAC's factors of a batch, one flat graph of operations.
+
+    The factors are those of :class:`~curvlinops.KFACLinearOperator` with this batch as all the
+    data,
+
+    .. math::
+        A_l = \frac{1}{S_\text{total}} \sum_{n, s} a_{n, s} a_{n, s}^\top, \qquad
+        B_l = c \sum_m \sum_v \sum_s g_{m, v, s} g_{m, v, s}^\top.
+
+    Forward pass, derivatives and products are operations of the graph, without Python code in
+    between: ``torch.compile(fn, fullgraph=True)`` has no graph breaks.
+
+    Args:
+        model_func: An ``nn.Module``, or a function ``(params, X) -> prediction``. A module's other
+            parameters and buffers are those it has now.
+        loss_func: The loss function, with reduction ``"mean"`` or ``"sum"``.
+        params: The parameters by name.
+        X: Inputs of a batch like those that the function will get.
+        y: Targets of the batch.
+        fisher_type: Which vectors are back-propagated, see :class:`~curvlinops.FisherType`.
+        mc_samples: Number of samples per loss term, for ``fisher_type="mc"``.
+        kfac_approx: How positions are treated, see :class:`~curvlinops.KFACType`.
+        separate_weight_and_bias: Whether the weight and bias of a layer have separate blocks.
+        options: ``batch_size_fn``, ``num_per_example_loss_terms``, ``loss_terms`` and
+            ``max_factor_size`` of :class:`~curvlinops.KFACLinearOperator`.
+
+    Returns:
+        ``fn`` and the list of groups. ``fn(params, X, y, uniforms=None)`` returns input covariances
+        and gradient covariances, as :meth:`MakeFxKFACComputer.compute` does, for arguments of the
+        same shapes. ``uniforms`` are numbers in (0, 1), float64 on the parameters' device: for
+        ``"mc"`` those of the samples, ``[m, mc_samples * draws]`` for m loss terms; for
+        ``"type-2"`` and ``"empirical"`` with several loss terms per example those of the random
+        signs (-1 below 1/2, else 1), ``[m, num_vectors]``. By default they come from torch's global
+        random number generator. Otherwise there are none.
+
+    Raises:
+        NotImplementedError: If parameters are not in supported layers, or what the model computes
+            depends on entries of tensors in other ways than by operations. So do factors of a
+            weight that is an embedding, too.
+        ValueError: By ``fn``, for arguments of other shapes.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> model = nn.Linear(3, 2)
+        >>> params = dict(model.named_parameters())
+        >>> X, y = torch.rand(4, 3), torch.tensor([0, 1, 0, 1])
+        >>> fn, mapping = make_compute_kfac_batch(model, nn.CrossEntropyLoss(), params, X, y)
+        >>> inputs, gradients = fn(params, X, y)
+        >>> inputs["weight",].shape, gradients["weight",].shape, gradients["bias",].shape
+        (torch.Size([3, 3]), torch.Size([2, 2]), torch.Size([2, 2]))
+    """
+    computer = one_batch(
+        _OneBatchKFACComputer,
+        model_func,
+        loss_func,
+        params,
+        X,
+        y,
+        fisher_type=fisher_type,
+        mc_samples=mc_samples,
+        kfac_approx=kfac_approx,
+        separate_weight_and_bias=separate_weight_and_bias,
+        **options,
+    )
+    if any(plan.tied for plan in computer.plans):
+        raise NotImplementedError(
+            "The factors of a weight that is an embedding, too, are not computed by operations "
+            "alone: use KFACLinearOperator."
+        )
+
+    def compute(
+        params: dict[str, Tensor], X: Any, y: Any, uniforms: Tensor | None
+    ) -> tuple[dict[Key, Any], dict[Key, Any]]:
+        computer.given(params, X, y, uniforms)
+        inputs, gradients, _ = computer.compute()
+        return inputs, gradients
+
+    call = batch_function(computer, compute, [])
+
+    def fn(
+        params: dict[str, Tensor], X: Any, y: Any, uniforms: Tensor | None = None
+    ) -> tuple[dict[Key, Any], dict[Key, Any]]:
+        """Return the input covariances and the gradient covariances of a batch."""
+        result: tuple[dict[Key, Any], dict[Key, Any]] = call(params, X, y, uniforms)
+        return result
+
+    return fn, computer.mapping
+
+
+def one_batch(
+    kind: type[OneBatch],
+    model_func: ModelFunction,
+    loss_func: Callable[[Any, Any], Tensor],
+    params: dict[str, Tensor],
+    X: Any,
+    y: Any,
+    **options: Any,
+) -> Any:
+    """Return a computer of one batch that knows how the model uses its parameters."""
+    computer = kind(
+        model_func,
+        loss_func,
+        params,
+        [(X, y)],
+        check_deterministic=False,
+        num_data=1,  # is not used: there is no pass over the data
+        **options,
+    )
+    if options.get("unsupported", "raise") != "raise":
+        raise ValueError("unsupported='diagonal' needs more than one pass: use the operator.")
+    computer.first_batch()
+    return computer
+
+
+def batch_function(
+    computer: OneBatch, compute: Callable[..., Any], further: list[tuple[str, Any]]
+) -> Callable[..., Any]:
+    """Return a function of parameters, batch and further arguments, and uniforms, as one graph.
+
+    Args:
+        computer: The computer of a batch, after :meth:`OneBatch.first_batch`.
+        compute: Computes results from parameters, X, y, further arguments and uniforms.
+        further: Names and values of further arguments.
+
+    Returns:
+        The function, which draws the uniforms if they are None.
+    """
+    X, y = computer._batch.X, computer._batch.y
+    names = [*computer.risk.params]
+    detached = {name: p.detach() for name, p in computer.risk.params.items()}
+    device = computer.risk.device
+    with computer.risk.undisturbed():
+        shape = computer.random_shape()
+        uniforms = None if shape is None else open_uniforms(shape, device)
+        call = flat_function(
+            compute,
+            ["params", "X", "y", *(name for name, _ in further), "uniforms"],
+            [detached, X, y, *(value for _, value in further), uniforms],
+        )
+
+    def fn(params: dict[str, Tensor], X: Any, y: Any, *arguments: Any) -> Any:
+        *others, uniforms = arguments
+        if uniforms is None and shape is not None:
+            uniforms = open_uniforms(shape, device)
+        if set(params) == set(names):
+            params = {name: params[name] for name in names}
+        return call(params, X, y, *others, uniforms)
+
+    return fn
+
+
+__all__ = ["MakeFxKFACComputer", "make_compute_kfac_batch"]

@@ -1,0 +1,172 @@
+"""One Kronecker product for a sum of Kronecker products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from curvlinops import _tensors
+from curvlinops.diag import DiagonalLinearOperator
+
+Factor = Tensor | DiagonalLinearOperator
+
+# Squaring a matrix that often separates its largest eigenvalue from all those that are smaller by
+# more than 1e-8 of it; ties stay ties, as rounding errors of 1e-16 do not grow to 1.
+_NUM_SQUARINGS = 30
+
+
+def nearest_kronecker(
+    terms: Sequence[tuple[Factor, Factor]], keep_diagonal: tuple[bool, bool] = (False, False)
+) -> tuple[Factor, Factor]:
+    r"""Return the Kronecker product nearest to a sum of Kronecker products.
+
+    The factors B and A minimise
+
+    .. math::
+        \Big\| \sum_{k=1}^K B_k \otimes A_k - B \otimes A \Big\|_F
+
+    for Hermitian positive semi-definite :math:`B_k, A_k`; then B and A are positive semi-definite,
+    too. No Kronecker product is formed. With :math:`R = \sum_k \mathrm{vec}(B_k)
+    \mathrm{vec}(A_k)^\top` this is the best approximation of R by a matrix of rank one (Van Loan &
+    Pitsianis, 1993, "Approximation with Kronecker products"). So :math:`B = \sum_k b_k B_k` and
+    :math:`A = \sum_k a_k A_k`, and with the Gram matrices :math:`G_B = [\langle B_k, B_l \rangle]`
+    and :math:`G_A = [\langle A_k, A_l \rangle]` the coefficients are the leading eigenvectors of
+
+    .. math::
+        G_A G_B \, b = \sigma^2 b, \qquad a \propto G_B \, b.
+
+    Inner products of positive semi-definite matrices are non-negative, and so are, by the theorem
+    of Perron and Frobenius, the coefficients. If the largest singular value :math:`\sigma` of R is
+    degenerate, there are several nearest products; b is then the projection of
+    :math:`[\|A_k\|_F]` onto the eigenspace, which (up to rounding) depends neither on the terms'
+    order nor on the scales of their factors, nor on whether a term comes in several parts.
+
+    A product fixes its factors up to a scale only: those returned have equal Frobenius norms,
+    :math:`\sqrt\sigma` each, also for a single term. If all terms vanish, so do the factors.
+
+    The coefficients are computed in double precision, from inner products in at least single
+    precision.
+
+    Args:
+        terms: Pairs :math:`(B_k, A_k)` of matrices ``[d, d]`` or diagonal operators. All first
+            factors are of one size, and all second ones.
+        keep_diagonal: Whether the first and the second factor shall be diagonal, also where terms
+            are tensors. The result is then the nearest product with such factors: the entries off
+            the tensors' diagonals have no influence on it.
+
+    Returns:
+        B and A: diagonal operators where this was asked for or all terms are diagonal, else
+        tensors, in the dtype of the terms.
+
+    Raises:
+        ValueError: If there is no term, factors differ in size, dtype or device, have non-finite
+            entries, or are not positive semi-definite (as far as this shows).
+
+    Example:
+        >>> import torch
+        >>> from curvlinops.nearest_kronecker import nearest_kronecker
+        >>> B, A = torch.eye(2), torch.tensor([[4.0, 2.0], [2.0, 4.0]])
+        >>> first, second = nearest_kronecker([(B, A), (3 * B, A)])
+        >>> torch.allclose(torch.kron(first, second), torch.kron(4 * B, A))
+        True
+    """
+    terms = list(terms)
+    if not terms:
+        raise ValueError("The nearest Kronecker product needs at least one term.")
+    first, second = (_Side([t[i] for t in terms], i, keep_diagonal[i]) for i in (0, 1))
+    if (first.dtype, first.device) != (second.dtype, second.device):
+        raise ValueError(
+            f"The first factors have {first.dtype} on {first.device}, the second ones "
+            f"{second.dtype} on {second.device}. Convert one of them with .to(...)."
+        )
+    (cosines_B, norms_B), (cosines_A, norms_A) = first.gram(), second.gram()
+    sizes = norms_B * norms_A  # [K], those of the terms
+    largest = sizes.max()
+    if largest == 0:
+        return first.combine(torch.zeros_like(sizes)), second.combine(torch.zeros_like(sizes))
+    # the terms as w_k U_k ⊗ w_k V_k, with the factors' directions U and V
+    weights = (sizes / largest).sqrt()
+    gram_B, gram_A = (weights.outer(weights) * cosines for cosines in (cosines_B, cosines_A))
+    power = gram_A @ gram_B
+    for _ in range(_NUM_SQUARINGS):
+        power = power / power.max()
+        power = power @ power
+    b = power @ weights  # ‖w_k V_k‖ = w_k
+    b = b / b.max()
+    a = gram_B @ b
+    a = a / (b @ a)  # the best one for this b
+    ratio = ((a @ gram_A @ a) / (b @ gram_B @ b)).sqrt().sqrt()
+    scale = largest.sqrt() * weights
+    # terms that vanish have weight 0, and perhaps norm 0
+    coefficients_B = torch.where(weights > 0, ratio * b * scale / norms_B, 0)
+    coefficients_A = torch.where(weights > 0, a / ratio * scale / norms_A, 0)
+    return first.combine(coefficients_B), second.combine(coefficients_A)
+
+
+class _Side:
+    """The first or the second factors of all terms, as tensors ``[d]`` or ``[d, d]``."""
+
+    def __init__(self, factors: list[Factor], index: int, keep_diagonal: bool):
+        self.name = f"{('first', 'second')[index]} factors"
+        for factor in factors:
+            _check_factor(factor, self.name)
+        for what in ("shape", "dtype", "device"):
+            values = list(dict.fromkeys(getattr(factor, what) for factor in factors))
+            if len(values) > 1:
+                raise ValueError(
+                    f"The {self.name} must share their {what}, got {', '.join(map(str, values))}."
+                )
+        self.diagonal = keep_diagonal or not any(isinstance(f, Tensor) for f in factors)
+        self.tensors = [f.diagonal() if self.diagonal else _dense(f) for f in factors]
+        self.dtype, self.device = self.tensors[0].dtype, self.tensors[0].device
+
+    def gram(self) -> tuple[Tensor, Tensor]:
+        """Return the cosines ``[K, K]`` between factors and their norms ``[K]``, in float64."""
+        rows = _tensors.widened(torch.stack([t.flatten() for t in self.tensors]))  # [K, N]
+        entries = rows.abs().amax(dim=1)
+        rows = rows / torch.where(entries > 0, entries, 1).unsqueeze(-1)  # lest squares overflow
+        with torch.autocast(rows.device.type, enabled=False):
+            gram = (rows.conj() @ rows.T).real.cpu().double()
+        norms = gram.diagonal().sqrt()
+        lengths = torch.where(norms > 0, norms, 1)
+        cosines = gram / lengths.outer(lengths)
+        sizes = entries.cpu().double() * norms
+        if not bool(cosines.isfinite().all() and sizes.isfinite().all()):
+            raise ValueError(f"The {self.name} have non-finite entries.")
+        # rounding errors of low precision may turn 0 into a small negative number
+        if bool((cosines < -max(1e-2, 10 * torch.finfo(self.dtype).eps)).any()):
+            raise ValueError(
+                f"The {self.name} are not all positive semi-definite: two of them have a negative "
+                "inner product."
+            )
+        return cosines.clamp(min=0), sizes
+
+    def combine(self, coefficients: Tensor) -> Factor:
+        """Return the factors' linear combination, with coefficients ``[K]``."""
+        result = _tensors.widened(torch.zeros_like(self.tensors[0]))
+        # entry by entry in the same order: symmetric matrices have a symmetric sum
+        for coefficient, tensor in zip(coefficients.tolist(), self.tensors, strict=True):
+            if coefficient > 0:
+                result += coefficient * tensor.to(result.dtype)
+        result = result.to(self.dtype)
+        return DiagonalLinearOperator([result]) if self.diagonal else result
+
+
+def _check_factor(factor: Factor, name: str) -> None:
+    """Raise if a factor is neither a square matrix of numbers nor a diagonal operator."""
+    if isinstance(factor, DiagonalLinearOperator):
+        return
+    if not isinstance(factor, Tensor):
+        raise ValueError(
+            f"The {name} must be 2-d tensors or diagonal operators, got {type(factor).__name__}."
+        )
+    if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
+        raise ValueError(f"The {name} must be square matrices, got shape {list(factor.shape)}.")
+    _tensors.check_floating(factor, "A Kronecker product")
+
+
+def _dense(factor: Factor) -> Tensor:
+    """Return a factor as a matrix ``[d, d]``."""
+    return factor if isinstance(factor, Tensor) else factor.diagonal().diag()
