@@ -187,11 +187,11 @@ class KFACComputer:
         signature = structure(batch.X)
         if signature in self._seen and not always:
             return
-        self._seen.add(signature)
-        if batch.n == 1:
+        if batch.n == 1:  # the examples are anywhere
             if always:
                 self._note(*self._observe(batch.X, 1, lambda *_: None)[1:])
             return
+        self._seen.add(signature)
         inputs: list[dict[tuple[Usage, int], Tensor]] = [{}, {}]
         try:
             for k, calls in enumerate(inputs, start=1):
@@ -286,7 +286,11 @@ class KFACComputer:
         """Return a new statistic."""
         shapes = {name: p.shape for name, p in self.risk.params.items()}
         return CovarianceStatistic(
-            shapes, self.kfac_approx, self.max_factor_size, self.separate_weight_and_bias
+            shapes,
+            self.kfac_approx,
+            self.max_factor_size,
+            self.separate_weight_and_bias,
+            self._diagonal,
         )
 
     def _vectors(
@@ -316,8 +320,12 @@ class KFACComputer:
             factor of its blocks (one for each channel group, or part of a weight). A bias alone and
             a normalisation layer have no input factor.
         """
-        statistic = self._statistic()
-        scale = self._gather(statistic, "KFAC factors", "signs")
+        while True:
+            known = len(self._diagonal)
+            statistic = self._statistic()
+            scale = self._gather(statistic, "KFAC factors", "signs")
+            if len(self._diagonal) == known:
+                break  # else a later batch has shown that other parameters have factors
         like = next(iter(self.risk.params.values())).detach()
         identity = self.fisher_type is FisherType.FORWARD_ONLY
         diagonals = self._diagonal_blocks()

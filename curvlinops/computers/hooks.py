@@ -168,7 +168,8 @@ class _Watch(TorchFunctionMode):
             output = func(*args, **kwargs)
             self._note_constants(output)
             return output
-        call = read_function(func, args, kwargs)
+        hidden = _hidden()
+        call = None if hidden else read_function(func, args, kwargs)
         usage = None if call is None else self._params.usage(call)
         output = func(*args, **kwargs)
         if _detaches(func):
@@ -179,8 +180,8 @@ class _Watch(TorchFunctionMode):
             return self._collector.on_call(usage, call.x, output)
         if self._depends(func, args, output):
             for name in involved:
-                function = getattr(func, "__name__", str(func))
-                self._collector.other_uses.setdefault(name, f"used by {function}")
+                reason = f"used by {getattr(func, '__name__', func)}{hidden}"
+                self._collector.other_uses.setdefault(name, reason)
         return output
 
     def _involved(self, *values: Any) -> set[str]:
@@ -200,6 +201,8 @@ class _Watch(TorchFunctionMode):
         A view of a parameter does not count: what matters is how the view is used.
         """
         name = getattr(func, "__name__", "")
+        if not torch.is_grad_enabled() and torch._C._is_fwd_grad_enabled():
+            return False  # the caller is in no_grad
         if name.startswith("new_") or name.endswith("_like"):
             return False
         if (name == "to" or name.endswith("_as")) and not self._involved(args[:1]):
@@ -214,6 +217,17 @@ _open_attention = FunctionType(
     {**vars(functional), "has_torch_function": lambda tensors: False},
     argdefs=functional.multi_head_attention_forward.__defaults__,
 )
+
+
+def _hidden() -> str:
+    """Return in what derivatives of a function are not those of its layer, or nothing."""
+    if torch._C._are_functorch_transforms_active():
+        return " inside of a transform of torch.func"
+    # no_grad leaves the latter enabled
+    neither = not torch.is_grad_enabled() and not torch._C._is_fwd_grad_enabled()
+    if neither and not _is_checkpointed():  # that has an error of its own
+        return " inside of a custom autograd function"
+    return ""
 
 
 def _detaches(func: Any) -> bool:

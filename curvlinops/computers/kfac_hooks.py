@@ -34,7 +34,23 @@ class HooksKFACComputer(KFACComputer):
         """Evaluate the model; see the base class."""
         collector = HooksCollector(self._arrangements, on_call)
         prediction = self._listen(collector, X, n)
-        return prediction.detach(), collector.calls, collector.other_uses
+        return prediction.detach(), collector.calls, {**collector.other_uses, **self._scripted()}
+
+    def _scripted(self) -> dict[str, str]:
+        """Return the parameters of scripted modules, whose functions cannot be seen."""
+        assert self.risk.model is not None
+        owners = {
+            id(p): type(layer).__name__
+            for layer in self.risk.model.modules()
+            if isinstance(layer, torch.jit.ScriptModule)
+            for p in layer.parameters()
+        }
+        tensors = dict(self.risk.model.named_parameters(remove_duplicate=False))
+        return {
+            name: f"used by {owners[id(tensors[name])]}"
+            for name in self.risk.params
+            if id(tensors[name]) in owners
+        }
 
     def _listen(self, collector: HooksCollector, X: Any, n: int) -> Tensor:
         """Evaluate the model while a collector listens."""
@@ -52,7 +68,7 @@ class HooksKFACComputer(KFACComputer):
         def visit(batch: Batch) -> Tensor | float:
             self._look(batch)
             prediction = self._listen(collector, batch.X, batch.n)
-            self._note(collector.calls, collector.other_uses)
+            self._note(collector.calls, {**collector.other_uses, **self._scripted()})
             statistic.end_of_forward()
             F, targets = self.loss.terms(prediction, batch.y)
             for vector, last in _mark_last(self._vectors(batch, F, targets, counter, signs)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from itertools import chain, pairwise
 from typing import Any
 
@@ -14,9 +14,11 @@ from curvlinops.computers.make_fx import (
     MakeFxCollector,
     Trace,
     flat_function,
+    refuse_fixed,
     signature,
     trace_model,
 )
+from curvlinops.computers.usages import Usage
 from curvlinops.kfac_utils import FisherType, KFACType, ParamGroup
 from curvlinops.risk import Batch
 from curvlinops.risk.data import TermCounter
@@ -33,7 +35,7 @@ class MakeFxKFACComputer(KFACComputer):
 
     Raises:
         NotImplementedError: If the derivative of the model is not that of its operations (custom
-            autograd functions, hooks on gradients).
+            autograd functions, hooks on gradients), or it uses transforms of ``torch.func``.
 
     Example:
         >>> import torch
@@ -54,10 +56,13 @@ class MakeFxKFACComputer(KFACComputer):
         self._traces: dict[Hashable, tuple[Trace, list[Any]]] = {}
         super().__init__(*args, **kwargs)
 
-    def _look(self, batch: Batch) -> None:
-        """Find out how the model uses its parameters, from a forward pass."""
-        collector = MakeFxCollector(lambda *_: None, lambda *_: None)
-        self._evaluate(collector, self.risk.params, batch)
+    def _observe(
+        self, X: Any, n: int, on_call: Callable[[Usage, int, Tensor], None]
+    ) -> tuple[Tensor, Iterable[Usage], dict[str, str]]:
+        """Evaluate the model; see the base class."""
+        collector = MakeFxCollector(self._arrangements, on_call)
+        prediction = collector.forward(self._trace(X), self.risk.params, X, n)
+        return prediction.detach(), collector.calls, collector.other_uses
 
     def _trace(self, X: Any) -> Trace:
         """Return the trace for a batch."""
@@ -72,20 +77,13 @@ class MakeFxKFACComputer(KFACComputer):
             self._traces[key] = (trace, state)
         return trace
 
-    def _evaluate(
-        self, collector: MakeFxCollector, params: dict[str, Tensor], batch: Batch
-    ) -> Tensor:
-        """Evaluate the model, and note how it uses its parameters."""
-        prediction = collector.forward(self._trace(batch.X), params, batch.X, batch.n)
-        self._note(collector.calls, collector.other_uses)
-        return prediction
-
     def _gather(self, statistic: Statistic, what: str, signs: str) -> Tensor | float:
         """Pass over the data; see the base class."""
         counter = self.risk.term_counter()
         params = self.risk.params
 
         def visit(batch: Batch) -> Tensor | float:
+            self._look(batch)
             return self._visit(statistic, params, batch, counter, signs)
 
         return self.risk.for_each_batch(visit, what)
@@ -99,8 +97,11 @@ class MakeFxKFACComputer(KFACComputer):
         signs: str,
     ) -> Tensor | float:
         """Give a statistic the events of a batch; return the loss's normalizer."""
-        collector = MakeFxCollector(statistic.on_input, statistic.on_gradient)
-        prediction = self._evaluate(collector, params, batch)
+        collector = MakeFxCollector(
+            self._arrangements, on_input=statistic.on_input, on_gradient=statistic.on_gradient
+        )
+        prediction = collector.forward(self._trace(batch.X), params, batch.X, batch.n)
+        self._note(collector.calls, collector.other_uses)
         statistic.end_of_forward()
         F, targets = self.loss.terms(prediction, batch.y)
         vectors = self._vectors(batch, F, targets, counter, signs)
@@ -152,17 +153,17 @@ class OneBatch(KFACComputer):
     """
 
     _visit: Callable[..., Tensor | float]
-    _evaluate: Callable[..., Tensor]
+    _trace: Callable[[Any], Trace]
 
-    def first_batch(self) -> Batch:
-        """Return the first batch of the data, and find out how the model uses its parameters."""
+    def set_up(self) -> None:
+        """Find out how the model uses its parameters."""
         for batch in self.risk.batches("Looking at the model"):
             self._batch = batch
             self._params = self.risk.params
-            with self.risk.undisturbed():
-                self._look(batch)
-            return batch
-        raise ValueError("There is no batch.")
+            self._look(batch, always=True)
+            self._note(*self._observe(batch.X, batch.n, lambda *_: None)[1:])
+            refuse_fixed(self._trace(batch.X), self._params)
+            return
 
     def given(self, params: dict[str, Tensor], X: Any, y: Any, uniforms: Tensor | None) -> None:
         """Set parameters, batch and random numbers."""
@@ -172,9 +173,8 @@ class OneBatch(KFACComputer):
 
     def random_shape(self) -> tuple[int, int] | None:
         """Return the shape of the random numbers of the batch; None if it needs none."""
-        collector = MakeFxCollector(lambda *_: None, lambda *_: None)
-        prediction = self._evaluate(collector, self._params, self._batch)
-        F, targets = self.loss.terms(prediction.detach(), self._batch.y)
+        prediction, *_ = self._observe(self._batch.X, self._batch.n, lambda *_: None)
+        F, targets = self.loss.terms(prediction, self._batch.y)
         numbers = GivenNumbers()
         before, self._random = self._random, numbers  # type: ignore[assignment]
         next(self._vectors(self._batch, F, targets, TermCounter()), None)
@@ -317,7 +317,8 @@ def one_batch(
     )
     if options.get("unsupported", "raise") != "raise":
         raise ValueError("unsupported='diagonal' needs more than one pass: use the operator.")
-    computer.first_batch()
+    with computer.risk.undisturbed():
+        computer.set_up()
     return computer
 
 
@@ -327,7 +328,7 @@ def batch_function(
     """Return a function of parameters, batch and further arguments, and uniforms, as one graph.
 
     Args:
-        computer: The computer of a batch, after :meth:`OneBatch.first_batch`.
+        computer: The computer of a batch, after :meth:`OneBatch.set_up`.
         compute: Computes results from parameters, X, y, further arguments and uniforms.
         further: Names and values of further arguments.
 
@@ -335,7 +336,6 @@ def batch_function(
         The function, which draws the uniforms if they are None.
     """
     X, y = computer._batch.X, computer._batch.y
-    names = [*computer.risk.params]
     detached = {name: p.detach() for name, p in computer.risk.params.items()}
     device = computer.risk.device
     with computer.risk.undisturbed():
@@ -349,10 +349,10 @@ def batch_function(
 
     def fn(params: dict[str, Tensor], X: Any, y: Any, *arguments: Any) -> Any:
         *others, uniforms = arguments
-        if uniforms is None and shape is not None:
+        if uniforms is not None:
+            uniforms = uniforms.to(device, torch.float64)
+        elif shape is not None:
             uniforms = open_uniforms(shape, device)
-        if set(params) == set(names):
-            params = {name: params[name] for name in names}
         return call(params, X, y, *others, uniforms)
 
     return fn

@@ -72,6 +72,11 @@ def _matmul(input: Tensor, other: Tensor) -> Call | None:
     return Call(input, other.T, None, Format())
 
 
+def _mm(input: Tensor, mat2: Tensor) -> Call | None:
+    """Read ``torch.mm``."""
+    return _matmul(input, mat2)
+
+
 def _addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Call | None:
@@ -240,14 +245,15 @@ LAYERS: list[LayerType] = [
         "Linear",
         {
             functional.linear: _linear,
-            **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), _matmul),
+            **dict.fromkeys((torch.matmul, Tensor.matmul), _matmul),
+            **dict.fromkeys((torch.mm, Tensor.mm), _mm),
             Tensor.__matmul__: _matmul,
             torch.addmm: _addmm,
         },
         {
             aten.linear.default: _linear,
             aten.matmul.default: _matmul,
-            aten.mm.default: _matmul,
+            aten.mm.default: _mm,
             aten.addmm.default: _addmm,
         },
     ),
@@ -276,7 +282,7 @@ def read_function(func: Any, args: Any, kwargs: Any) -> Call | None:
     """Return a function's call as that of a layer, if it is one."""
     for layer in LAYERS:
         if func in layer.functions:
-            return layer.functions[func](*args, **kwargs)
+            return _read(layer.functions[func], args, kwargs)
     return None
 
 
@@ -284,8 +290,16 @@ def read_operation(operation: Any, args: Any, kwargs: Any) -> Call | None:
     """Return a traced operation as the call of a layer, if it is one."""
     for layer in LAYERS:
         if operation in layer.operations:
-            return layer.operations[operation](*args, **kwargs)
+            return _read(layer.operations[operation], args, kwargs)
     return None
+
+
+def _read(parser: Parser, args: Any, kwargs: Any) -> Call | None:
+    """Read arguments; those that the entry does not know are not those of a layer."""
+    try:
+        return parser(*args, **kwargs)
+    except TypeError:
+        return None
 
 
 def register_layer(layer: LayerType) -> None:

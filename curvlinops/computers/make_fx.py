@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from curvlinops.computers.arrangement import BATCH_FIRST, Arrangements, spread
 from curvlinops.computers.layers import read_operation
 from curvlinops.computers.positions import Positions
 from curvlinops.computers.usages import Parameters, Usage, tensors_in
@@ -74,7 +75,12 @@ def flattened(value: Any) -> list[Tensor]:
         [tensor([0., 0.]), tensor([1.])]
     """
     found: list[Tensor] = []
-    mapped(value, found.append)
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    mapped(value, keep)
     return found
 
 
@@ -138,6 +144,13 @@ def signature(value: Any, layout: bool = True) -> Hashable | None:
     return None if None in parts else (type(value), keys, *parts)
 
 
+def _reordered(value: Any, like: Any) -> Any:
+    """Return a dictionary with its keys in the order of another one, if they are the same."""
+    if type(value) is not dict or type(like) is not dict or set(value) != set(like):
+        return value
+    return {key: value[key] for key in like}
+
+
 # --------------------------------------------------------------------------------------------------
 # Traces
 # --------------------------------------------------------------------------------------------------
@@ -148,7 +161,7 @@ class Trace:
     Attributes:
         graph: Operations of a function of the parameters, in order, and the tensors of X.
         reusable: Whether it is that of all batches with the same :func:`signature`: not if a
-            Python number or a shape depends on the entries of a tensor.
+            Python number, a shape or a constant depends on the entries of a tensor.
     """
 
     graph: GraphModule
@@ -174,7 +187,7 @@ def trace_model(
 
     Raises:
         NotImplementedError: If the derivative of the model is not that of its operations: it uses
-            custom autograd functions or hooks on gradients.
+            custom autograd functions, hooks on gradients, or transforms of ``torch.func``.
 
     Example:
         >>> params = {"W": torch.ones(1, 2)}
@@ -202,6 +215,27 @@ def trace_model(
         graph = tracer(*tensors)
     reusable = not guard.reads_entries and not any(map(_reads_entries, graph.graph.nodes))
     return Trace(graph, reusable)
+
+
+def refuse_fixed(trace: Trace, params: dict[str, Tensor]) -> None:
+    """Raise if a trace is wrong for other parameters, or other inputs of the same shape.
+
+    Args:
+        trace: The trace.
+        params: The parameters.
+
+    Raises:
+        NotImplementedError: If the model reads parameters elsewhere than from its arguments, or if
+            a number, a shape or a constant in the trace depends on entries of tensors.
+    """
+    if not trace.reusable:
+        raise NotImplementedError(_READS_ENTRIES)
+    nodes = [node for node in trace.graph.graph.nodes if node.op == "get_attr"]
+    fixed = Parameters(params).involved([getattr(trace.graph, str(node.target)) for node in nodes])
+    if fixed:
+        raise NotImplementedError(
+            f"The model reads the parameters {sorted(fixed)} elsewhere than from those it is given."
+        )
 
 
 def _cloned(x: Tensor) -> Tensor:
@@ -233,7 +267,18 @@ def _has_mask(node: Node) -> bool:
     return any(val is None or val.dtype in (torch.bool, torch.uint8) for val in described)
 
 
+_READS_ENTRIES = (
+    "The model's numbers, shapes or constants depend on the entries of tensors, so there is no graph "
+    "of operations for all batches of this shape."
+)
 _NOT_TRACED = "The backend 'make_fx' sees a model's operations only, but the model {}"
+
+#: Functions whose effects are not operations.
+_REFUSED = {
+    "backward": "backward",
+    "register_hook": "register_hook, for hooks on gradients",
+    "register_multi_grad_hook": "register_multi_grad_hook, for hooks on gradients",
+}
 
 
 class _Guard(TorchFunctionMode):
@@ -252,22 +297,28 @@ class _Guard(TorchFunctionMode):
         if func is torch._C._set_grad_enabled:
             self._recording = args[0]
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if func is Tensor.data.__get__:  # type: ignore[attr-defined]
+        name, owner = getattr(func, "__name__", ""), getattr(func, "__self__", None)
+        if getattr(owner, "__name__", "") == "data" and name == "__get__":
             return args[0].detach()  # the same, but traced
-        if name in ("tolist", "numpy", "__array__"):
-            self.reads_entries = True
-        elif name in ("register_hook", "register_multi_grad_hook"):
-            raise NotImplementedError(_NOT_TRACED.format("has hooks on the gradients of tensors."))
-        elif func is torch.autograd.grad and not kwargs.get("create_graph"):
-            raise NotImplementedError(
-                _NOT_TRACED.format(
-                    "differentiates without create_graph=True, which makes a constant."
-                )
-            )
+        if func is torch.autograd.grad:
+            return self._differentiate(args, kwargs)
+        self.reads_entries |= name in ("tolist", "numpy", "__array__")
+        if name in _REFUSED or (getattr(owner, "__name__", "") == "data" and name == "__set__"):
+            raise NotImplementedError(_NOT_TRACED.format(f"calls {_REFUSED.get(name, 'data')}."))
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(_NOT_TRACED.format("uses a transform of torch.func."))
         if self._recording and not torch.is_grad_enabled():
             return self._call_unrecorded(func, args, kwargs)
         return func(*args, **kwargs)
+
+    def _differentiate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Differentiate in the forward pass, if the result is a constant."""
+        if kwargs.get("create_graph") or len(args) > 4 and args[4]:
+            raise NotImplementedError(_NOT_TRACED.format("calls autograd.grad with create_graph."))
+        # What was saved for the backward pass is in the trace as a constant: right for this batch.
+        self.reads_entries = True
+        with torch.no_grad():  # is traced
+            return torch.autograd.grad(*args, **kwargs)
 
     def _call_unrecorded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a function where gradients are disabled in ways that are not traced."""
@@ -316,8 +367,10 @@ class MakeFxCollector:
     use of its parameters.
 
     Args:
-        on_input: Called with a usage, the number of the call in this batch (a layer can be called
-            repeatedly), and the positions.
+        arrangements: Where the examples are, if not along the first axis.
+        on_call: Called with a usage, the number of the call in this batch (a layer can be called
+            repeatedly), and the layer's input as it is.
+        on_input: Called with a usage, the number of the call, and the positions.
         on_gradient: Called with a usage, the number of the call, and the output gradients of V loss
             vectors ``[V, n, S, d_out]``. Layers that the prediction does not depend on have none.
 
@@ -326,7 +379,7 @@ class MakeFxCollector:
         >>> X = torch.ones(3, 2)
         >>> predict = lambda p, x: torch.nn.functional.linear(x, p["W"])
         >>> gradients = []
-        >>> collector = MakeFxCollector(lambda *_: None, lambda *event: gradients.append(event[2]))
+        >>> collector = MakeFxCollector({}, on_gradient=lambda *event: gradients.append(event[2]))
         >>> prediction = collector.forward(trace_model(predict, params, X), params, X, n=3)
         >>> collector.backward(prediction, torch.ones(3, 1))
         >>> [gradient.shape for gradient in gradients]
@@ -335,16 +388,20 @@ class MakeFxCollector:
 
     def __init__(
         self,
-        on_input: Callable[[Usage, int, Positions], None],
-        on_gradient: Callable[[Usage, int, Tensor], None],
+        arrangements: Arrangements,
+        on_call: Callable[[Usage, int, Tensor], None] | None = None,
+        on_input: Callable[[Usage, int, Positions], None] | None = None,
+        on_gradient: Callable[[Usage, int, Tensor], None] | None = None,
     ):
+        self._arrangements = arrangements
+        self._on_call = on_call
         self._on_input = on_input
         self._on_gradient = on_gradient
         self._root = torch.empty(0)
         self._n = 0
         #: How often each usage occurred in this batch.
         self.calls: dict[Usage, int] = {}
-        #: Parameters that are used in other ways in this batch, and by which function.
+        #: Parameters that are used in other ways in this batch, and how.
         self.other_uses: dict[str, str] = {}
 
     def forward(self, trace: Trace, params: dict[str, Tensor], X: Any, n: int) -> Tensor:
@@ -389,12 +446,23 @@ class MakeFxCollector:
         index = self.calls.get(usage, 0)
         self.calls[usage] = index + 1
         n, form = self._n, usage.format
+        where = self._arrangements.get((usage, index), BATCH_FIRST)
         with torch.no_grad():
-            self._on_input(usage, index, form.positions(x.detach(), n, usage.label))
+            if self._on_call is not None:
+                self._on_call(usage, index, x.detach())
+            if self._on_input is not None:
+                inputs = where.examples_first(x.detach(), n)
+                self._on_input(usage, index, form.positions(inputs, n, usage.label))
+        if where.axis is None:
+            output, where = spread(output, n).clone(), BATCH_FIRST
+        if self._on_gradient is None:
+            return output
 
         def on_gradient(gradient: Tensor) -> None:
             with torch.no_grad():
+                gradient = where.examples_first(gradient, n)
                 shared = form.gradients(gradient, n, usage.label).unsqueeze(0)
+                assert self._on_gradient is not None
                 self._on_gradient(usage, index, shared)
 
         heard: Tensor = _Report.apply(output, self._root, on_gradient)
@@ -447,7 +515,7 @@ class _Runner(Interpreter):
             output = self._collector.on_call(usage, call.x, output)
         elif self._depends(name, args, output):
             for parameter in involved:
-                self._collector.other_uses.setdefault(parameter, name)
+                self._collector.other_uses.setdefault(parameter, f"used by {name}")
         return output
 
     def _involved(self, *values: Any) -> set[str]:
@@ -508,6 +576,7 @@ def flat_function(
         >>> double(torch.zeros(2))
         {'twice': tensor([0., 0.])}
     """
+    arguments = list(arguments)
     expected = [signature(argument, layout=False) for argument in arguments]
     if None in expected:
         name = names[expected.index(None)]
@@ -517,20 +586,18 @@ def flat_function(
 
     def flat(*tensors: Tensor) -> list[Tensor]:
         nonlocal template
-        results = function(*refilled(list(arguments), tensors))
+        results = function(*refilled(arguments, tensors))
         template = mapped(results, lambda t: torch.empty(0))
         return flattened(results)
 
     with torch.enable_grad(), _one_fake_mode():
         tracer = make_fx(flat, tracing_mode="real", _error_on_data_dependent_ops=False)
-        graph = tracer(*flattened(list(arguments)))
+        graph = tracer(*flattened(arguments))
     if any(map(_reads_entries, graph.graph.nodes)):
-        raise NotImplementedError(
-            "A number or a shape depends on the entries of tensors, so there is no graph of "
-            "operations for all batches of this shape."
-        )
+        raise NotImplementedError(_READS_ENTRIES)
 
     def call(*given: Any) -> Any:
+        given = tuple(map(_reordered, given, arguments))
         for name, argument, wanted, shape in zip(names, given, expected, shapes, strict=True):
             if signature(argument, layout=False) != wanted:
                 got = mapped(argument, lambda t: list(t.shape))
@@ -538,7 +605,9 @@ def flat_function(
                     f"{name} must have the structure, shapes, dtypes and devices that the function "
                     f"was made for, {shape}, but has {got}."
                 )
-        return refilled(template, graph(*flattened(list(given))))
+        with torch.no_grad():  # derivatives are operations of the graph
+            results = graph(*flattened(list(given)))
+        return refilled(template, results)
 
     return call
 
@@ -550,6 +619,7 @@ __all__ = [
     "flattened",
     "mapped",
     "refilled",
+    "refuse_fixed",
     "signature",
     "trace_model",
 ]

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from curvlinops.computers.formats import Format, TransposedConvolutionFormat
+from curvlinops.computers.formats import Format, NormFormat, TransposedConvolutionFormat
 from curvlinops.computers.usages import Part, Usage
 from curvlinops.kfac_utils import Layout, ParamGroup
 
@@ -79,7 +79,7 @@ def plan_groups(
         ValueError: If a joint group has layers with different biases.
     """
     uses = _uses(usages, params, set(diagonal))
-    partner = {} if separate_weight_and_bias else _partners(uses)
+    partner = {} if separate_weight_and_bias else _partners(uses, set(diagonal))
     plans: list[GroupPlan] = []
     done: set[str] = set()
     for name in params:
@@ -160,7 +160,7 @@ def _role(name: str, uses: Uses, params: dict[str, Tensor]) -> str:
     """Return a parameter's role, a guess if it is not used."""
     if uses[name]:
         return uses[name][0][0]
-    return "b" if params[name].ndim == 1 else "W"
+    return "W" if params[name].ndim > 1 or name.endswith("weight") else "b"
 
 
 def _plan_group(group: ParamGroup, uses: Uses, params: dict[str, Tensor]) -> GroupPlan:
@@ -192,6 +192,8 @@ def _plan_group(group: ParamGroup, uses: Uses, params: dict[str, Tensor]) -> Gro
 
 def _guess(group: ParamGroup, params: dict[str, Tensor]) -> Format:
     """Return a format that fits parameters that are not used."""
+    if "W" in group and params[group["W"]].ndim == 1:
+        return NormFormat()
     if len(group) == 1:
         return Format()
     weight, bias = (params[group[role]] for role in ("W", "b"))
@@ -207,16 +209,21 @@ def _diagonal_plan(name: str, params: dict[str, Tensor]) -> GroupPlan:
     return GroupPlan({"W": name}, (), (), Format(), ((0, size),), size, 0, None, diagonal=True)
 
 
-_SIBLINGS = {"weight": "bias", "bias": "weight"}
+def _sibling(name: str) -> str:
+    """Return the usual name of the bias of a weight, or of the weight of a bias."""
+    for own, other in (("weight", "bias"), ("bias", "weight")):
+        if name.endswith(own):
+            return name.removesuffix(own) + other
+    return ""
 
 
-def _partners(uses: Uses) -> dict[str, str]:
+def _partners(uses: Uses, diagonal: set[str]) -> dict[str, str]:
     """Return the weight of each bias and the bias of each weight that form joint groups.
 
     A bias whose parts belong to different weights (that of attention can) stays alone.
     """
     partners: dict[str, str] = {}
-    alone = {
+    alone = diagonal | {
         usage.part("b").name
         for all_ in uses.values()
         for _, usage in all_
@@ -227,8 +234,7 @@ def _partners(uses: Uses) -> dict[str, str]:
         if name in alone:
             continue
         if not main:  # unused: by their names
-            layer, _, attribute = name.rpartition(".")
-            other = f"{layer}.{_SIBLINGS.get(attribute)}".removeprefix(".")
+            other = _sibling(name)
             if other in uses and not uses[other]:
                 partners[name] = other
             continue

@@ -5,7 +5,7 @@ A statistic keeps raw sums and counts, so that batches, and later ranks, only ad
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class CovarianceStatistic:
         kfac_approx: expand or reduce.
         max_factor_size: Wider factors keep their diagonal only.
         separate: Whether weight and bias are approximated separately.
+        diagonal: Names of parameters that are not approximated by factors (and may become more).
     """
 
     def __init__(
@@ -43,11 +44,13 @@ class CovarianceStatistic:
         kfac_approx: KFACType,
         max_factor_size: int,
         separate: bool,
+        diagonal: Set[str],
     ):
         self._shapes = shapes
         self._reduce = kfac_approx is KFACType.REDUCE
         self._max_factor_size = max_factor_size
         self._separate = separate
+        self._diagonal = diagonal
         #: Sums, by what they are about.
         self.moments: dict[Hashable, Moment] = {}
         self._normalized: dict[tuple[Usage, int], Positions] = {}
@@ -65,7 +68,7 @@ class CovarianceStatistic:
             return
         if usage.weight is None:
             return
-        biased = not self._separate and usage.joint
+        biased = self._joint(usage)
         if not self._reduce:
             # Whether the group has a bias, of another usage, is not known yet.
             width = self._input_width(usage) + biased
@@ -85,8 +88,8 @@ class CovarianceStatistic:
         """All layers of a batch were called."""
         for key, (total, ones, count) in self._means.items():
             groups = key[2]
-            width = total.shape[-1] // groups + (not self._separate)
-            constant = None if self._separate else ones / count
+            constant = ones / count if ones else None
+            width = total.shape[-1] // groups + (constant is not None)
             self._moment(key, width, groups).update(total / count, constant)
         self._means = {}
 
@@ -96,7 +99,7 @@ class CovarianceStatistic:
         if form.is_norm:
             self._add_norm(usage, index, gradient)
             return
-        bias_alone = usage.bias is not None and (self._separate or not usage.joint)
+        bias_alone = usage.bias is not None and not self._joint(usage)
         wanted = [] if usage.weight is None else [("W", usage.weight, form.groups)]
         wanted += [("b", usage.bias, 1)] if bias_alone else []
         if self._reduce:
@@ -125,7 +128,7 @@ class CovarianceStatistic:
                 new = gradient.sum(2)
             before = self._norm_gradients.get(part)
             self._norm_gradients[part] = new if before is None else before + new
-        if not self._separate and usage.joint:
+        if self._joint(usage):
             assert usage.weight is not None and usage.bias is not None
             self._norm_pairs[usage.weight] = usage.bias
 
@@ -161,6 +164,12 @@ class CovarianceStatistic:
         if key not in self.moments:
             self.moments[key] = Moment(diagonal or width > self._max_factor_size, groups)
         return self.moments[key]
+
+    def _joint(self, usage: Usage) -> bool:
+        """Return whether weight and bias of a usage are approximated together."""
+        if self._separate or not usage.joint:
+            return False
+        return not {usage.part("W").name, usage.part("b").name} & self._diagonal
 
     def _input_width(self, usage: Usage) -> int:
         """Return d_in of a usage's weight, without bias."""
@@ -202,6 +211,8 @@ class CovarianceStatistic:
         """Return the moments of the output gradients of a block."""
         if plan.format.is_norm:
             keys: list[Hashable] = [("norm", *plan.key)]
+            if plan.joint:  # where there was no bias
+                keys.append(("norm", plan.group["W"]))
         else:
             role = "W" if "W" in plan.group else "b"
             groups = plan.format.groups if role == "W" else 1
@@ -280,7 +291,7 @@ def _embedding_plan(plan: GroupPlan, d: int, size: int) -> GroupPlan:
 def _padded(factor: Factor) -> Factor:
     """Append a zero row and column."""
     if isinstance(factor, DiagonalLinearOperator):
-        (diagonal,) = factor.diagonal()
+        diagonal = factor.diagonal()
         return DiagonalLinearOperator([torch.cat([diagonal, diagonal.new_zeros(1)])])
     return torch.nn.functional.pad(factor, (0, 1, 0, 1))
 

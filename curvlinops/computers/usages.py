@@ -84,6 +84,8 @@ class Parameters:
 
     def owners(self, tensor: Tensor) -> list[str]:
         """Return the parameters that a tensor shares memory with."""
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = torch._C._functorch.get_unwrapped(tensor)
         names = self._by_storage.get(_storage(tensor), [])
         if len(names) <= 1:
             return names
@@ -128,6 +130,8 @@ class Parameters:
             same = tensor.shape == p.shape and tensor.storage_offset() == p.storage_offset()
             size = p.numel()
             return Part(name, 0, size, size) if same and _same_layout(tensor, p) else None
+        if p.ndim < 2:
+            return None
         rows, _ = form.widths(p.shape)
         if _same_layout(tensor, p) and tensor.storage_offset() == p.storage_offset():
             return Part(name, 0, rows, rows)
@@ -181,7 +185,7 @@ def _storage(tensor: Tensor) -> int:
         return -id(tensor)
     try:
         return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # vmap's and other wrappers
+    except (NotImplementedError, RuntimeError):
         return -id(tensor)
 
 

@@ -754,6 +754,8 @@ def _tied_factors(setup: Setup, group: dict[str, str], options: _Options) -> Par
     embedding = {"W": group["W"]}
     inner, outer = _factors(setup, embedding, (0, width), height, {"columns"}, options)
     inner = F.pad(inner, (0, columns - width) * 2)  # the bias is the Linear's alone
+    B, outer = (options.clip(factor) for factor in (B, outer))
+    A, inner = (options.clip(factor) for factor in (A, inner))
     return nearest_kronecker(torch.kron(B, A) + torch.kron(outer, inner), height, columns)
 
 

@@ -109,7 +109,6 @@ def test_half_precision_pooling_does_not_overflow():
 
 # ---- parameters in parts -------------------------------------------------------------------------
 # What the package gets wrong; to be removed.
-BUG = pytest.mark.xfail(reason="known to be wrong")
 
 
 class Uses(nn.Module):
@@ -230,13 +229,14 @@ def test_the_transpose_is_a_weight():
     ],
     ids=["crossed", "of one part", "of both parts"],
 )
-@BUG
 def test_bias_of_other_rows(use: Callable[[Any, Tensor], Tensor], size: int):
-    """A joint block would put the wrong rows of weight and bias together."""
+    """A joint block would put the wrong rows of weight and bias together: they stay separate."""
     model = Uses(use, w=torch.rand(4, 2), b=torch.rand(size))
-    assert build(model).trace() > 0
-    with pytest.raises(ValueError, match=r"conflicting biases.*separate_weight_and_bias=True"):
-        build(model, separate_weight_and_bias=False)
+    data = batches(2, 1)
+    separate, joint = (build(model, data, separate_weight_and_bias=s) for s in (True, False))
+    assert joint.mapping == separate.mapping == [{"W": "w"}, {"b": "b"}]
+    torch.testing.assert_close(joint.to_dense(), separate.to_dense())
+    assert joint.trace() > 0
 
 
 # ---- parameters that are in no layer -------------------------------------------------------------
@@ -331,11 +331,8 @@ def test_diagonal_block_of_a_parameter_that_is_in_a_layer_too(
     joint: bool,
     later: bool,
     kfac_approx: str,
-    request: pytest.FixtureRequest,
 ):
     """The other parameters of that layer keep their factors; also if a later batch shows it."""
-    if joint and "." in name:
-        request.applymarker(BUG)
 
     def forward(m: Any, x: Tensor) -> Tensor:
         if later and len(x) == 2:
@@ -380,13 +377,8 @@ def test_norms_whose_bias_is_not_always_used(joint: bool):
     torch.testing.assert_close(K.diagonal(), G.to_dense().diagonal())
 
 
-@pytest.mark.parametrize(
-    ("limit", "joint"),
-    [
-        *((limit, joint) for limit in (2, 4, 100) for joint in (False, True) if limit + joint != 3),
-        pytest.param(2, True, marks=BUG),
-    ],
-)
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("limit", [2, 4, 100])
 def test_wide_ties(limit: int, joint: bool):
     """An embedding that is tied to the output layer, with sides that keep their diagonal."""
     model = Uses(lambda m, x: m.out(m.e(x).tanh()), e=nn.Embedding(5, 3), out=nn.Linear(3, 5))
