@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlinops._random import RandomSource
 from curvlinops._scalars import as_integer
-from curvlinops.computers.arrangement import BATCH_FIRST, Arrangement, find_arrangement
+from curvlinops.computers.arrangement import Arrangements
 from curvlinops.computers.ggn_diagonal import GGNDiagonalComputer
 from curvlinops.computers.layers import LAYERS
 from curvlinops.computers.per_example import first_examples, structure
@@ -18,7 +18,7 @@ from curvlinops.computers.plan import GroupPlan, MisfitError, plan_groups
 from curvlinops.computers.positions import Positions
 from curvlinops.computers.statistics import CovarianceStatistic, Factor
 from curvlinops.computers.usages import Usage
-from curvlinops.computers.vectors import check_terms, loss_vectors
+from curvlinops.computers.vectors import check_terms, loss_vectors, num_vectors
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.kfac_utils import FisherType, KFACType, ParamGroup
 from curvlinops.risk import Batch, EmpiricalRisk, Loss, loss_entry
@@ -105,8 +105,9 @@ class KFACComputer:
         self._random = RandomSource(seed)
         self._usages: dict[Usage, None] = {}
         self._diagonal: set[str] = set()  # parameters that get a diagonal block
-        self._arrangements: dict[tuple[Usage, int], Arrangement] = {}
+        self._arrangements = Arrangements()
         self._seen: set[Any] = set()  # structures of batches
+        self._num_vectors = 1  # that are back-propagated for a batch
         FunctionalModel(model_func, params)  # raises if they do not fit
         self._check_model(model_func)
         self.loss: Loss = loss_entry(loss_func)[0]
@@ -134,7 +135,7 @@ class KFACComputer:
             )
             with self.risk.undisturbed():
                 for batch in self.risk.batches("Looking at the model"):
-                    self._look(batch, always=True)
+                    self._look_first(batch)
                     break
         self.risk = EmpiricalRisk(
             model_func,
@@ -179,61 +180,59 @@ class KFACComputer:
         raise NotImplementedError(f"{type(self).__name__} does not implement _gather.")
 
     # ---- how the model uses its parameters -------------------------------------------------------
-    def _look(self, batch: Batch, always: bool = False) -> None:
-        """Find out how the model uses its parameters, and where examples are, from few of them.
+    def _look_first(self, batch: Batch) -> None:
+        """Find out how the model uses its parameters, from at most two examples."""
+        X, n = first_examples(batch.X, batch.n, 2), min(batch.n, 2)
+        self._look(batch)
+        try:
+            _, usages, other_uses = self._observe(X, n, _ignore)
+        except Exception:  # whatever a model does with few examples
+            _, usages, other_uses = self._observe(batch.X, batch.n, _ignore)
+        self._note(usages, other_uses)
+        self._verify_shared(batch)
+
+    def _look(self, batch: Batch) -> None:
+        """Find out from a single example where the examples are inside of the model.
 
         This is done for the first batch of each structure.
         """
         signature = structure(batch.X)
-        if signature in self._seen and not always:
-            return
-        if batch.n == 1:  # the examples are anywhere
-            if always:
-                self._note(*self._observe(batch.X, 1, lambda *_: None)[1:])
+        if batch.n == 1 or signature in self._seen:
             return
         self._seen.add(signature)
-        inputs: list[dict[tuple[Usage, int], Tensor]] = [{}, {}]
-        try:
-            for k, calls in enumerate(inputs, start=1):
-                few = first_examples(batch.X, batch.n, k)
-                if few is None:  # the examples are not in the first axis of any tensor
-                    break
-                predicted, *uses = self._observe(
-                    few, k, lambda usage, index, x, calls=calls: calls.update({(usage, index): x})
-                )
-        except Exception:  # whatever a model does with few examples
-            few = None
-        if few is None:
-            if always:
-                self._note(*self._observe(batch.X, batch.n, lambda *_: None)[1:])
+        one = first_examples(batch.X, batch.n, 1)
+        if one is None:  # the examples are not in the first axis of any tensor
             return
-        self._note(*uses)
-        both = inputs[0].keys() & inputs[1].keys()
-        found = {call: find_arrangement(inputs[0][call], inputs[1][call]) for call in both}
-        self._arrangements.update({c: where for c, where in found.items() if where != BATCH_FIRST})
-        if any(where.axis is None for where in found.values()):
-            self._check_spreading(few, predicted, found)
+        inputs: dict[tuple[Usage, int], Tensor] = {}
 
-    def _check_spreading(
-        self, X: Any, expected: Tensor, found: dict[tuple[Usage, int], Arrangement]
-    ) -> None:
-        """Refuse layers of inputs without examples if the model cannot do with one each."""
+        def on_call(usage: Usage, index: int, x: Tensor) -> None:
+            inputs[usage, index] = x
+
         try:
-            actual, *_ = self._observe(X, 2, lambda *_: None)
+            _, usages, other_uses = self._observe(one, 1, on_call)
+        except Exception:  # whatever a model does with a single example
+            return
+        self._note(usages, other_uses)
+        self._arrangements.learn(inputs)
+
+    def _verify_shared(self, batch: Batch) -> None:
+        """Refuse layers of inputs without examples if the model cannot do with one for each."""
+        shared = self._arrangements.unverified()
+        if not shared:
+            return
+        X = first_examples(batch.X, batch.n, 2)
+        try:
+            with self._arrangements.ignored():
+                expected, *_ = self._observe(X, 2, _ignore)
+            actual, *_ = self._observe(X, 2, _ignore)
             same = actual.shape == expected.shape
             same = same and torch.allclose(actual, expected, rtol=1e-3, atol=1e-5)
         except Exception:  # whatever a model does with another shape
             same = False
         if not same:
-            parts = [
-                part
-                for (usage, _), where in found.items()
-                if where.axis is None
-                for part in (usage.weight, usage.bias)
-                if part is not None
-            ]
+            parts = [part for usage, _ in shared for part in (usage.weight, usage.bias)]
             reason = "its layer's input is the same for all examples"
-            self._note([], {part.name: reason for part in parts})
+            self._note([], {part.name: reason for part in parts if part is not None})
 
     def _note(self, usages: Iterable[Usage], other_uses: dict[str, str]) -> None:
         """Note how the model uses its parameters; raise if that is not supported."""
@@ -297,8 +296,11 @@ class KFACComputer:
         self, batch: Batch, F: Tensor, targets: Any, counter: TermCounter, signs: str = "signs"
     ) -> Iterator[Tensor]:
         """Return the loss vectors ``[m, C]`` to back-propagate for a batch."""
-        num_terms, _ = F.shape
+        num_terms = F.shape[0]
         per_example = check_terms(num_terms, batch.n, self._num_per_example_loss_terms)
+        self._num_vectors = num_vectors(
+            self.loss, F.shape[1], self.fisher_type, self.mc_samples, per_example, self.loss_terms
+        )
         return loss_vectors(
             self.loss,
             F.detach(),
@@ -366,6 +368,10 @@ class KFACComputer:
             if blocks[0][1] is not None:
                 inputs[key] = stacked([A for _, A in blocks])
         return inputs, gradients, self.mapping
+
+
+def _ignore(usage: Usage, index: int, x: Tensor) -> None:
+    """Do nothing about a call."""
 
 
 def stacked(factors: list[Factor]) -> Any:

@@ -7,7 +7,8 @@ the same for all examples). A look at two small batches tells.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +41,48 @@ class Arrangement:
 
 BATCH_FIRST = Arrangement()
 
-#: Where the examples are in the calls of layers: by usage, and number of the call.
-Arrangements = Mapping[Any, Arrangement]
+class Arrangements:
+    """Where the examples are in the calls of layers, found by comparison with a single example.
+
+    A call is a usage, and the number of the call in this way.
+    """
+
+    def __init__(self) -> None:
+        self._single: dict[Any, Tensor] = {}
+        self._found: dict[Any, Arrangement] = {}
+        self._unverified: set[Any] = set()
+        self._ignored = False
+
+    def learn(self, single: dict[Any, Tensor]) -> None:
+        """Take the inputs of calls for a single example."""
+        self._single.update({k: x for k, x in single.items() if k not in self._found})
+
+    def of(self, usage: Any, index: int, x: Tensor, n: int) -> Arrangement:
+        """Return where n examples are in the input of a call, and in its output."""
+        call = (usage, index)
+        if n == 1 or self._ignored:
+            return BATCH_FIRST
+        if call not in self._found:
+            if call not in self._single:
+                return BATCH_FIRST
+            where = self._found[call] = find_arrangement(self._single.pop(call), x, n)
+            if where.axis is None:
+                self._unverified.add(call)
+        return self._found[call]
+
+    def unverified(self) -> list[Any]:
+        """Return the calls with inputs that are the same for all examples, once."""
+        calls, self._unverified = sorted(self._unverified, key=str), set()
+        return calls
+
+    @contextmanager
+    def ignored(self) -> Iterator[None]:
+        """Take all examples to be in the first axis inside."""
+        self._ignored = True
+        try:
+            yield
+        finally:
+            self._ignored = False
 
 
 def spread(tensor: Tensor, n: int) -> Tensor:
@@ -51,28 +92,28 @@ def spread(tensor: Tensor, n: int) -> Tensor:
     return tensor.unsqueeze(0).expand(n, *tensor.shape)
 
 
-def find_arrangement(one: Tensor, two: Tensor) -> Arrangement:
+def find_arrangement(one: Tensor, many: Tensor, n: int) -> Arrangement:
     """Return where examples are in a tensor.
 
     Args:
-        one: The tensor for one example.
-        two: The same for this example and another one.
+        one: The tensor for the first example alone.
+        many: The tensor for n examples.
+        n: Their number.
     """
-    if one.ndim != two.ndim:
+    if one.ndim != many.ndim:
         return BATCH_FIRST
-    changed = [
-        k for k, sizes in enumerate(zip(one.shape, two.shape, strict=True)) if len({*sizes}) > 1
-    ]
+    sizes = zip(one.shape, many.shape, strict=True)
+    changed = [k for k, (size, other) in enumerate(sizes) if size != other]
     if not changed:
         return Arrangement(None)
     axis = changed[0]
     positions = one.shape[axis]
-    if len(changed) > 1 or two.shape[axis] != 2 * positions:
+    if len(changed) > 1 or many.shape[axis] != n * positions:
         return BATCH_FIRST
     if positions == 1:
         return Arrangement(axis)
-    outer = two.narrow(axis, 0, positions)
-    inner = two.unflatten(axis, (positions, 2)).select(axis + 1, 0)
+    outer = many.narrow(axis, 0, positions)
+    inner = many.unflatten(axis, (positions, n)).select(axis + 1, 0)
     if _distance(outer, one) <= _distance(inner, one):
         return Arrangement(axis)
     return Arrangement(axis, inner=True)

@@ -6,7 +6,7 @@ example and a loss vector. In the basis ``Q_g ⊗ Q_a`` its diagonal is ``c Σ (
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +41,7 @@ class _Group:
         totals: The sum of squares of each block, ``[d_out, d_in]`` or ``[d_out]``.
         calls: Number of calls of its layers in this batch.
         events: The calls whose gradients have come in this back-propagation.
+        rotated: The inputs ``[n, S, d_in]`` of the only call in the basis, by block.
         squares: Sums over loss vectors of squared gradients ``[n, d_out]``, by block, where a
             single call at a single position is all there is; and squared inputs ``[n, d_in]``.
     """
@@ -50,6 +51,7 @@ class _Group:
     totals: list[Tensor | None]
     calls: int = 0
     events: list[_Event] = field(default_factory=list)
+    rotated: dict[int, Tensor] = field(default_factory=dict)
     squares: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
@@ -65,6 +67,8 @@ class EigenvalueStatistic:
         plans: The groups.
         bases: For each group, by its names: the bases of its blocks.
         shapes: The parameters' shapes.
+        num_vectors: Returns how many vectors are back-propagated for a batch, to choose the
+            cheapest order.
     """
 
     def __init__(
@@ -72,8 +76,10 @@ class EigenvalueStatistic:
         plans: Sequence[GroupPlan],
         bases: Mapping[tuple[str, ...], list[Basis]],
         shapes: Mapping[str, Sequence[int]],
+        num_vectors: Callable[[], int] = lambda: 1,
     ):
         self._shapes = shapes
+        self._num_vectors = num_vectors
         self._groups = [
             _Group(plan, bases[plan.key], [None] * len(bases[plan.key]))
             for plan in plans
@@ -113,7 +119,7 @@ class EigenvalueStatistic:
         for group in self._groups:
             for block, (squares, inputs) in group.squares.items():
                 _add(group, block, squares.T @ inputs)
-            group.squares = {}
+            group.squares, group.rotated = {}, {}
             group.calls = 0
         self._positions = {}
 
@@ -177,12 +183,16 @@ class EigenvalueStatistic:
             return
         # the calls of shared weights are further positions
         g = torch.cat([widened(e.gradient) for e in events], dim=2)  # [V, n, S, groups * o]
+        if all(first + j in group.rotated for j in range(groups)):
+            for j, part in enumerate(g.unflatten(-1, (groups, -1)).unbind(-2)):
+                self._shared(group, first + j, part, None)
+            return
         a = torch.cat([_inputs(plan, e, g) for e in events], dim=1)  # [n, S, groups, i]
         g = g.unflatten(-1, (groups, -1))
         for j in range(groups):
             Q_g, Q_a = group.bases[first + j]
             if g.shape[2] > 1:
-                _add(group, first + j, _squares(g[:, :, :, j], a[:, :, j], Q_g, Q_a))
+                self._shared(group, first + j, g[:, :, :, j], a[:, :, j])
                 continue
             squares = (_rotated(g[:, :, 0, j], Q_g) ** 2).sum(0)  # [n, o]
             if group.calls == 1:  # the inputs are the same for all vectors
@@ -191,6 +201,29 @@ class EigenvalueStatistic:
                 group.squares[first + j] = before + squares, inputs
             else:
                 _add(group, first + j, squares.T @ _rotated(a[:, 0, j], Q_a) ** 2)
+
+    def _shared(self, group: _Group, block: int, g: Tensor, a: Tensor | None) -> None:
+        """Add the squares ``(Q_gᵀ G Q_a)²`` of a block with several positions.
+
+        Args:
+            group: The group.
+            block: The block.
+            g: Output gradients ``[V, n, S, o]``.
+            a: Inputs ``[n, S, i]``; None if they were rotated for another vector.
+        """
+        Q_g, Q_a = group.bases[block]
+        if a is None:
+            _add(group, block, _squares(_rotated(g, Q_g), group.rotated[block], None, None))
+            return
+        S, o, i = g.shape[2], g.shape[3], a.shape[-1]
+        V = max(self._num_vectors(), 1)
+        if S * i**2 + V * S * o**2 > V * o * i * (o + i):  # else the gradients are rotated
+            _add(group, block, _squares(g, a, Q_g, Q_a))
+            return
+        a = _rotated(a, Q_a)
+        if group.calls == 1 and V > 1:
+            group.rotated[block] = a
+        _add(group, block, _squares(_rotated(g, Q_g), a, None, None))
 
     def _tied(self, group: _Group, events: list[_Event]) -> Tensor:
         """Return the squares ``[V, d (+ 1)]`` for a Linear whose weight is an embedding, too."""
@@ -264,12 +297,8 @@ def _squares(g: Tensor, a: Tensor, Q_g: Tensor | None, Q_a: Tensor | None) -> Te
         Q_g: Eigenvectors ``[o, o]``.
         Q_a: Eigenvectors ``[i, i]``.
     """
-    num_vectors, n, S, o = g.shape
+    num_vectors, n, _, o = g.shape
     i = a.shape[-1]
-    first = num_vectors * S * o**2 + S * i**2  # rotate, then form the gradients
-    second = num_vectors * o * i * (o + i)  # the other way round
-    if first <= second:
-        g, a, Q_g, Q_a = _rotated(g, Q_g), _rotated(a, Q_a), None, None
     chunk = max(1, _ENTRIES // max(o * i, 1))
     total = g.new_zeros(o, i)
     for v in range(num_vectors):

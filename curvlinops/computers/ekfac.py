@@ -52,7 +52,7 @@ class EKFACComputer(KFACComputer):
         bases = self.bases()
         plans = self.plans
         shapes = {name: p.shape for name, p in self.risk.params.items()}
-        statistic = EigenvalueStatistic(plans, bases, shapes)
+        statistic = EigenvalueStatistic(plans, bases, shapes, lambda: self._num_vectors)
         scale = self._gather(statistic, "EKFAC eigenvalues", "eigenvalue-signs")
         like = next(iter(self.risk.params.values())).detach()
         diagonals = self._diagonal_blocks()
@@ -88,7 +88,9 @@ class EKFACComputer(KFACComputer):
             the list of groups. Eigenvectors of a diagonal factor are None, an identity. For a
             weight with several blocks, there is one tensor with a leading axis, or a list.
         """
-        inputs, gradients, values = {}, {}, {}
+        inputs: dict[Key, Any] = {}
+        gradients: dict[Key, Any] = {}
+        values: dict[Key, Any] = {}
         for key, blocks in self.decomposed().items():
             if isinstance(blocks[0], DiagonalLinearOperator):
                 values[key], gradients[key] = blocks[0].diagonal(), None

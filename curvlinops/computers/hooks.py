@@ -95,7 +95,7 @@ class HooksCollector:
         index = self.calls.get(usage, 0)
         self.calls[usage] = index + 1
         n, form = self._n, usage.format
-        where = self._arrangements.get((usage, index), BATCH_FIRST)
+        where = self._arrangements.of(usage, index, x.detach(), n)
         with torch.no_grad():
             if self._on_call is not None:
                 self._on_call(usage, index, x.detach())

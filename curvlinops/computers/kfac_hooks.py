@@ -69,6 +69,7 @@ class HooksKFACComputer(KFACComputer):
             self._look(batch)
             prediction = self._listen(collector, batch.X, batch.n)
             self._note(collector.calls, {**collector.other_uses, **self._scripted()})
+            self._verify_shared(batch)
             statistic.end_of_forward()
             F, targets = self.loss.terms(prediction, batch.y)
             for vector, last in _mark_last(self._vectors(batch, F, targets, counter, signs)):

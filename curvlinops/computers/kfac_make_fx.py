@@ -102,6 +102,7 @@ class MakeFxKFACComputer(KFACComputer):
         )
         prediction = collector.forward(self._trace(batch.X), params, batch.X, batch.n)
         self._note(collector.calls, collector.other_uses)
+        self._verify_shared(batch)
         statistic.end_of_forward()
         F, targets = self.loss.terms(prediction, batch.y)
         vectors = self._vectors(batch, F, targets, counter, signs)
@@ -160,7 +161,7 @@ class OneBatch(KFACComputer):
         for batch in self.risk.batches("Looking at the model"):
             self._batch = batch
             self._params = self.risk.params
-            self._look(batch, always=True)
+            self._look_first(batch)
             self._note(*self._observe(batch.X, batch.n, lambda *_: None)[1:])
             refuse_fixed(self._trace(batch.X), self._params)
             return

@@ -268,8 +268,8 @@ def _has_mask(node: Node) -> bool:
 
 
 _READS_ENTRIES = (
-    "The model's numbers, shapes or constants depend on the entries of tensors, so there is no graph "
-    "of operations for all batches of this shape."
+    "The model's numbers, shapes or constants depend on the entries of tensors, so there is no "
+    "graph of operations for all batches of this shape."
 )
 _NOT_TRACED = "The backend 'make_fx' sees a model's operations only, but the model {}"
 
@@ -313,7 +313,7 @@ class _Guard(TorchFunctionMode):
 
     def _differentiate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Differentiate in the forward pass, if the result is a constant."""
-        if kwargs.get("create_graph") or len(args) > 4 and args[4]:
+        if kwargs.get("create_graph") or (len(args) > 4 and args[4]):
             raise NotImplementedError(_NOT_TRACED.format("calls autograd.grad with create_graph."))
         # What was saved for the backward pass is in the trace as a constant: right for this batch.
         self.reads_entries = True
@@ -446,7 +446,7 @@ class MakeFxCollector:
         index = self.calls.get(usage, 0)
         self.calls[usage] = index + 1
         n, form = self._n, usage.format
-        where = self._arrangements.get((usage, index), BATCH_FIRST)
+        where = self._arrangements.of(usage, index, x.detach(), n)
         with torch.no_grad():
             if self._on_call is not None:
                 self._on_call(usage, index, x.detach())

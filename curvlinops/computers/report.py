@@ -90,7 +90,8 @@ def _describe_block(block: Any) -> str:
 
 def _factors(block: Any) -> list[Any]:
     """Return a block's Kronecker factors, or those of its eigenvectors."""
-    return list(block.eigenvectors if isinstance(block, EighDecomposedLinearOperator) else block)
+    factors: Any = block.eigenvectors if isinstance(block, EighDecomposedLinearOperator) else block
+    return list(factors)
 
 
 def _kind(factor: PyTorchLinearOperator) -> str:

@@ -99,9 +99,11 @@ class CovarianceStatistic:
         if form.is_norm:
             self._add_norm(usage, index, gradient)
             return
-        bias_alone = usage.bias is not None and not self._joint(usage)
-        wanted = [] if usage.weight is None else [("W", usage.weight, form.groups)]
-        wanted += [("b", usage.bias, 1)] if bias_alone else []
+        wanted: list[tuple[str, Part, int]] = []
+        if usage.weight is not None:
+            wanted.append(("W", usage.weight, form.groups))
+        if usage.bias is not None and not self._joint(usage):
+            wanted.append(("b", usage.bias, 1))
         if self._reduce:
             gradient = widened(gradient).sum(2)  # [V, n, d_out]
             for role, part, groups in wanted:
@@ -247,6 +249,7 @@ class CovarianceStatistic:
         size, d = self._shapes[plan.group["W"]]
         embedding = _embedding_plan(plan, d, size)
         ((gradient, tokens),) = self.factors(embedding, scale, like, identity)
+        assert tokens is not None
         if plan.joint:  # the bias is the Linear's alone
             gradient = _padded(gradient)
         wide = size > self._max_factor_size

@@ -191,11 +191,11 @@ def _storage(tensor: Tensor) -> int:
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """Return the first and last place of a tensor in its memory."""
-    first = tensor.storage_offset()
+    first = int(tensor.storage_offset())
     if not tensor.numel():
         return first, first
     steps = zip(tensor.shape, tensor.stride(), strict=True)
-    return first, first + sum((size - 1) * step for size, step in steps)
+    return first, first + int(sum((size - 1) * step for size, step in steps))
 
 
 def tensors_in(items: Any) -> Iterator[Tensor]:

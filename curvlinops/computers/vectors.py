@@ -35,6 +35,23 @@ def check_terms(num_terms: int, num_examples: int, expected: int | None) -> int:
     return per_example
 
 
+def num_vectors(
+    loss: Loss,
+    num_classes: int,
+    fisher_type: FisherType,
+    mc_samples: int,
+    per_example: int,
+    loss_terms: str,
+) -> int:
+    """Return how many vectors :func:`loss_vectors` yields; the arguments are its."""
+    if fisher_type is FisherType.FORWARD_ONLY:
+        return 0
+    if fisher_type is FisherType.MC:
+        return mc_samples
+    columns = loss.num_columns(num_classes) if fisher_type is FisherType.TYPE2 else 1
+    return columns * (per_example if loss_terms == "exact" else 1)
+
+
 def loss_vectors(
     loss: Loss,
     F: Tensor,

@@ -63,7 +63,7 @@ def test_flops(fisher_type: str, vectors: int, gradients: float):
     rows = 2 * BATCHES * ROWS
     assert num_flops(gradient) == rows * (2 * forward + backward)
     count = num_flops(factors)
-    look = 2 * 3 * forward  # at one, and at two examples
+    look = 2 * forward  # at one example
     assert count == look + rows * (forward + inputs + vectors * (backward + outputs))
     assert count <= gradients * num_flops(gradient)
 
@@ -181,7 +181,8 @@ def test_passes(fisher_type: str, options: dict[str, Any], passes: int, evaluati
         **options,
     )
     looks = passes == 4
-    expected = [1] * looks + [1, 2, 3] * evaluations
+    # a single example is looked at before the first batch of several
+    expected = [1] * looks + [1, 2, 3] * (evaluations - 1) + [1, 1, 2, 3]
     assert data.passes == passes
     assert data.taken[0] == (1 if looks else 3)
     assert calls == expected
@@ -211,7 +212,7 @@ def test_diagonal_blocks_take_one_more_pass():
             return input * self.bias
 
     model = nn.Sequential(nn.Linear(2, 3), Scale(3, 3), nn.Linear(3, 2))
-    data = CountedData([(torch.rand(n, 2), torch.rand(n, 2)) for n in (1, 2, 3)])
+    data = CountedData([(torch.rand(n, 2), torch.rand(n, 2)) for n in (2, 1, 3)])
     arguments = (model, nn.MSELoss(), dict(model.named_parameters()), data)
     for options, passes in (
         ({}, [1, 3, 3, 3, 3]),

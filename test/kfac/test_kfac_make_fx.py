@@ -1,0 +1,706 @@
+"""The backend ``make_fx`` gives what ``hooks`` gives, for more models; functions of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from kfac_cases import BY_NAME, CASES, setup
+from kfac_reference import Setup
+from layer_cases import LAYER_CASES, layer_setup
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from curvlinops import DiagonalLinearOperator, EKFACLinearOperator, KFACLinearOperator
+from curvlinops._random import RandomSource
+from curvlinops.computers import kfac_make_fx
+from curvlinops.computers.ekfac_hooks import HooksEKFACComputer
+from curvlinops.computers.ekfac_make_fx import (
+    MakeFxEKFACComputer,
+    make_compute_ekfac_eigencorrection_batch,
+)
+from curvlinops.computers.kfac_hooks import HooksKFACComputer
+from curvlinops.computers.kfac_make_fx import MakeFxKFACComputer, make_compute_kfac_batch
+from curvlinops.computers.make_fx import trace_model
+
+# PyTorch's own remark about an even kernel with padding "same"
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+
+SEED = 2147483647
+FISHER_TYPES = [
+    {"fisher_type": "mc", "mc_samples": 3},
+    {"fisher_type": "type-2"},
+    {"fisher_type": "empirical"},
+    {"fisher_type": "forward-only"},
+]
+APPROXIMATIONS = ("expand", "reduce")
+
+
+# ---- helpers -------------------------------------------------------------------------------------
+def entries(value: Any) -> list[Tensor]:
+    """Return the tensors of a factor, or of several."""
+    if isinstance(value, DiagonalLinearOperator):
+        return value.tensors()
+    if isinstance(value, list):
+        return [tensor for entry in value for tensor in entries(entry)]
+    return [] if value is None else [value]
+
+
+def assert_equal(actual: dict[Any, Any], expected: dict[Any, Any]) -> None:
+    """Compare dictionaries of factors, relative to the largest entry of each."""
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        pairs = zip(entries(actual[key]), entries(value), strict=True)
+        for ours, theirs in pairs:
+            assert ours.shape == theirs.shape
+            assert not ours.requires_grad
+            atol = 1e-10 * max(theirs.abs().max().item(), 1e-9)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=atol)
+
+
+def compare(problem: Setup, **options: Any) -> None:
+    """Compare the factors of both backends."""
+    *hooks, mapping = HooksKFACComputer(**problem.kwargs(**options)).compute()
+    *traced, ours = MakeFxKFACComputer(**problem.kwargs(**options)).compute()
+    assert ours == mapping
+    for actual, expected in zip(traced, hooks, strict=True):
+        assert_equal(actual, expected)
+
+
+def problem_of(
+    model: nn.Module, inputs: Callable[[int], Any] | None = None, sizes: tuple[int, ...] = (3, 3, 2)
+) -> Setup:
+    """Return a problem with a model of 3 features and 2 classes, or with other inputs."""
+    torch.manual_seed(3)
+    X = [torch.rand(n, 3) if inputs is None else inputs(n) for n in sizes]
+    X = [x.double() if x.is_floating_point() else x for x in X]
+    data = [(x, torch.arange(n) % 2) for x, n in zip(X, sizes, strict=True)]
+    return Setup(model.double(), nn.CrossEntropyLoss(), dict(model.named_parameters()), data)
+
+
+class Two(nn.Module):
+    """Two linear layers, another parameter, and any code."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor], other: bool = False):
+        super().__init__()
+        torch.manual_seed(2)
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+        if other:
+            self.w = nn.Parameter(torch.rand(3))
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)
+
+
+# ---- equal to hooks ------------------------------------------------------------------------------
+@pytest.mark.parametrize("approx", APPROXIMATIONS)
+@pytest.mark.parametrize("name", [case.name for case in CASES])
+def test_cases(name: str, approx: str) -> None:
+    for joint in BY_NAME[name].joint:
+        for options, loss in zip(FISHER_TYPES, ("ce-all", "mse", "bce", "ce-soft"), strict=True):
+            compare(
+                setup(name, loss),
+                kfac_approx=approx,
+                separate_weight_and_bias=not joint,
+                **options,
+            )
+
+
+@pytest.mark.parametrize("approx", APPROXIMATIONS)
+@pytest.mark.parametrize("name", LAYER_CASES)
+def test_layers(name: str, approx: str) -> None:
+    for joint in LAYER_CASES[name].joint:
+        options = FISHER_TYPES[joint]
+        compare(
+            layer_setup(name), kfac_approx=approx, separate_weight_and_bias=not joint, **options
+        )
+
+
+@pytest.mark.parametrize("options", FISHER_TYPES[:3], ids=lambda o: o["fisher_type"])
+@pytest.mark.parametrize("name", ["embedding", "conv2d-groups", "self-attention", "layer-norm-2d"])
+def test_eigenvalues(name: str, options: dict[str, Any]) -> None:
+    arguments = layer_setup(name).kwargs(separate_weight_and_bias=False, **options)
+    *_, expected, mapping = HooksEKFACComputer(**arguments).compute()
+    *_, actual, ours = MakeFxEKFACComputer(**arguments).compute()
+    assert ours == mapping
+    for key, value in expected.items():
+        # sorted: equal eigenvalues of a factor leave their eigenvectors free
+        for a, b in zip(entries(actual[key]), entries(value), strict=True):
+            torch.testing.assert_close(a.sum(), b.sum())
+            if name != "embedding":
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_more_options() -> None:
+    problem = setup("attention", "mse")
+    for options in ({"loss_terms": "exact"}, {"max_factor_size": 3}):
+        for fisher in FISHER_TYPES[:3]:
+            compare(problem, **options, **fisher)
+
+
+@pytest.mark.parametrize("cls", [KFACLinearOperator, EKFACLinearOperator])
+def test_operators(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    computer = MakeFxKFACComputer if cls is KFACLinearOperator else MakeFxEKFACComputer
+    monkeypatch.setitem(cls._BACKENDS, "make_fx", computer)
+    arguments = setup("cnn", "ce").kwargs(check_deterministic=True)
+    expected = cls(**arguments).to_dense()
+    torch.testing.assert_close(cls(**arguments, backend="make_fx").to_dense(), expected)
+
+
+# ---- models that are no modules ------------------------------------------------------------------
+def plain(params: dict[str, Tensor], X: Tensor) -> Tensor:
+    h = torch.relu_(F.linear(X, params["W"], params["c"]))
+    return h @ params["V"].T
+
+
+def plain_params() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    shapes = {"W": (4, 3), "unused": (5,), "c": (4,), "V": (2, 4)}
+    return {name: torch.randn(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_plain_function(joint: bool) -> None:
+    """The same as a module; a parameter that is not used has zero factors."""
+    params = plain_params()
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    data = problem_of(model).data
+    names = {"0.weight": "W", "0.bias": "c", "2.weight": "V"}
+    options = {"separate_weight_and_bias": not joint, "check_deterministic": True}
+    arguments = (nn.CrossEntropyLoss(), params, data)
+    inputs, gradients, mapping = MakeFxKFACComputer(plain, *arguments, **options).compute()
+    ours = {name: params[new] for name, new in names.items()}
+    A, B, _ = HooksKFACComputer(model, nn.CrossEntropyLoss(), ours, data, **options).compute()
+    assert {"b": "unused"} in mapping
+    assert not gradients.pop(("unused",)).any()
+    renamed = [
+        {tuple(names[name] for name in key): value for key, value in D.items()} for D in (A, B)
+    ]
+    assert_equal(inputs, renamed[0])
+    assert_equal(gradients, renamed[1])
+
+
+def test_plain_function_of_mapping() -> None:
+    params = plain_params()
+    data = [({"x": x, "shift": torch.ones(1).double()}, y) for x, y in problem_of(Two(plain)).data]
+    options = {"batch_size_fn": lambda X: len(X["x"]), "check_deterministic": True}
+    actual = MakeFxKFACComputer(
+        lambda p, X: plain(p, X["x"] + X["shift"]), nn.CrossEntropyLoss(), params, data, **options
+    ).compute()
+    shifted = [(X["x"] + 1, y) for X, y in data]
+    expected = MakeFxKFACComputer(plain, nn.CrossEntropyLoss(), params, shifted).compute()
+    assert_equal(actual[0], expected[0])
+    assert_equal(actual[1], expected[1])
+
+
+# ---- any code ------------------------------------------------------------------------------------
+def without_gradients(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        h = m.a(3 * x)
+    return m.b(torch.tanh(m.a(x)) - h)
+
+
+def relu_of_view(m: Any, x: Tensor) -> Tensor:
+    """An in-place activation of a layer's output that is a view."""
+    return m.b(F.relu(m.a(x.unsqueeze(1).expand(-1, 2, -1)), inplace=True)).sum(1)
+
+
+def detached(m: Any, x: Tensor) -> Tensor:
+    h = m.a.weight.detach().sum() + F.linear(x, m.a.weight.data)
+    return m.b(torch.tanh(m.a(x)) + h)
+
+
+def branches(m: Any, x: Tensor) -> Tensor:
+    return m.b(torch.tanh(m.a(x)) if x.sum() > 4 else 3 * m.a(x))
+
+
+def reads_a_list(m: Any, x: Tensor) -> Tensor:
+    return m.b(torch.tanh(m.a(x)) * max(x.flatten().tolist()))
+
+
+def selects(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    positive = h[h > 0]
+    return m.b(torch.tanh(h)) * positive.shape[0] + positive.sum()
+
+
+@pytest.mark.parametrize(
+    "function", [without_gradients, relu_of_view, detached, branches, reads_a_list, selects]
+)
+def test_any_code(function: Callable[[Any, Tensor], Tensor]) -> None:
+    compare(problem_of(Two(function)), fisher_type="type-2")
+
+
+def test_branches_differ() -> None:
+    """What the test above is about: batches of one shape take different branches."""
+    sums = [float(X.sum()) > 4 for X, _ in problem_of(Two(branches)).data[:2]]
+    assert sums == [False, True] or sums == [True, False]
+
+
+def inference(m: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        h = m.a(3 * x)
+    return m.b(torch.tanh(m.a(x)) - h.clone())
+
+
+def other_use_without_gradients(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        norm = m.a.weight.norm()
+        transposed = m.a.weight.T
+    return m.b(torch.tanh(m.a(x)) - x @ transposed / norm)
+
+
+def derivative(m: Any, x: Tensor) -> Tensor:
+    """A constant, but one that depends on the input's entries."""
+    z = x.detach().requires_grad_()
+    (h,) = torch.autograd.grad(torch.tanh(2 * z).sum(), z)
+    return m.b(torch.tanh(m.a(x)) - h)
+
+
+def same_constants(m: Any, x: Tensor) -> Tensor:
+    """What :func:`inference` computes; and the other two, up to constants."""
+    h = F.linear(3 * x, m.a.weight.detach(), m.a.bias.detach())
+    return m.b(torch.tanh(m.a(x)) - h)
+
+
+def same_use(m: Any, x: Tensor) -> Tensor:
+    W = m.a.weight.detach()
+    return m.b(torch.tanh(m.a(x)) - x @ W.T / W.norm())
+
+
+def same_derivative(m: Any, x: Tensor) -> Tensor:
+    return m.b(torch.tanh(m.a(x)) - 2 * (1 - torch.tanh(2 * x) ** 2))
+
+
+@pytest.mark.parametrize(
+    ("function", "same"),
+    [
+        (inference, same_constants),
+        (other_use_without_gradients, same_use),
+        (derivative, same_derivative),
+    ],
+)
+def test_constants(function: Any, same: Any) -> None:
+    """Code that makes constants, against the same with constants."""
+    options = {"fisher_type": "type-2"}
+    actual = MakeFxKFACComputer(**problem_of(Two(function)).kwargs(**options)).compute()
+    expected = HooksKFACComputer(**problem_of(Two(same)).kwargs(**options)).compute()
+    assert_equal(actual[0], expected[0])
+    assert_equal(actual[1], expected[1])
+
+
+def test_checkpointing() -> None:
+    def checkpointed(m: Any, x: Tensor) -> Tensor:
+        part = lambda x: torch.tanh(m.a(x))  # noqa: E731
+        return m.b(torch.utils.checkpoint.checkpoint(part, x, use_reentrant=False))
+
+    actual = MakeFxKFACComputer(**problem_of(Two(checkpointed)).kwargs()).compute()
+    model = Two(lambda m, x: m.b(torch.tanh(m.a(x))))
+    expected = HooksKFACComputer(**problem_of(model).kwargs()).compute()
+    assert_equal(actual[0], expected[0])
+    assert_equal(actual[1], expected[1])
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.b(m.a(x) * m.w),
+        lambda m, x: m.b(m.a(x) + m.w),
+        lambda m, x: m.b(torch.tanh(m.a(x)) @ m.a.weight) + m.w.sum(),
+        lambda m, x: m.b(F.linear(m.a(x), m.a.weight[:, :2] @ m.a.weight[:2])),
+    ],
+    ids=["product", "sum", "transposed", "function"],
+)
+def test_same_errors(function: Callable[[Any, Tensor], Tensor]) -> None:
+    """Parameters in no supported layer: the same error, and the same diagonal blocks."""
+    arguments = problem_of(Two(function, other=True)).kwargs(check_deterministic=True)
+    messages = []
+    for cls in (HooksKFACComputer, MakeFxKFACComputer):
+        with pytest.raises(NotImplementedError, match="not in supported layers") as caught:
+            cls(**arguments)
+        messages.append(str(caught.value))
+    quoted = [
+        {part for part in m.split("'")[1::2] if part in arguments["params"]} for m in messages
+    ]
+    assert quoted[0] == quoted[1] != set()
+    options = {"unsupported": "diagonal", "fisher_type": "type-2"}
+    hooks = HooksKFACComputer(**arguments, **options).compute()
+    traced = MakeFxKFACComputer(**arguments, **options).compute()
+    assert traced[2] == hooks[2]
+    assert_equal(traced[0], hooks[0])
+    assert_equal(traced[1], hooks[1])
+
+
+class Sign(torch.autograd.Function):
+    """The sign, with the identity's derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.sign(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Constant(torch.autograd.Function):
+    """A copy, without a derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = 1 * x
+        ctx.mark_non_differentiable(y)
+        return y
+
+
+class Doubled(torch.autograd.Function):
+    """The input itself, without a function of torch that could be seen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+def hooked(m: Any, x: Tensor) -> Tensor:
+    h = m.a(x)
+    h.register_hook(lambda g: 2 * g)
+    return m.b(h)
+
+
+def differentiated(m: Any, x: Tensor) -> Tensor:
+    z = x.detach().requires_grad_()
+    return m.b(torch.autograd.grad(torch.tanh(m.a(z)).sum(), z, create_graph=True)[0])
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda m, x: m.b(Sign.apply(m.a(x))), "custom autograd function"),
+        (lambda m, x: m.b(Doubled.apply(m.a(x))), "custom autograd function"),
+        (lambda m, x: m.b(m.a(x) + Constant.apply(m.a(2 * x))), "custom autograd function"),
+        (hooked, "register_hook"),
+        (differentiated, "create_graph"),
+        (lambda m, x: torch.func.vmap(lambda row: m.b(m.a(row)))(x), "torch.func"),
+    ],
+    ids=["sign", "doubled", "constant", "hooked", "differentiated", "vmap"],
+)
+def test_not_traced(function: Callable[[Any, Tensor], Tensor], reason: str) -> None:
+    """Derivatives that are not those of the operations are refused."""
+    arguments = problem_of(Two(function)).kwargs()
+    with pytest.raises(NotImplementedError, match=reason):
+        MakeFxKFACComputer(**arguments).compute()
+
+
+def test_conflicting_biases() -> None:
+    problem = setup("tied-different", "mse")
+    for cls in (HooksKFACComputer, MakeFxKFACComputer):
+        with pytest.raises(ValueError, match="conflicting biases"):
+            cls(**problem.kwargs(separate_weight_and_bias=False)).compute()
+
+
+# ---- traces --------------------------------------------------------------------------------------
+@pytest.fixture
+def traced_shapes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """The shapes for which models were traced."""
+    shapes: list[Any] = []
+    original = kfac_make_fx.trace_model
+
+    def counting(predict: Any, params: Any, X: Any) -> Any:
+        shapes.append(tuple(X.shape))
+        return original(predict, params, X)
+
+    monkeypatch.setattr(kfac_make_fx, "trace_model", counting)
+    return shapes
+
+
+def test_one_trace_for_each_shape(traced_shapes: list[Any]) -> None:
+    """Besides batches of one and two examples, which show where examples are."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    problem = problem_of(model, sizes=(5, 5, 3, 5, 2))
+    computer = MakeFxEKFACComputer(**problem.kwargs(check_deterministic=True))
+    computer.compute()
+    computer.compute()
+    assert sorted(traced_shapes) == [(1, 3), (2, 3), (3, 3), (5, 3)]
+
+
+def test_trace_follows_the_model(traced_shapes: list[Any]) -> None:
+    """The flags and other tensors of the model may change between passes."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    problem = problem_of(model, sizes=(4,))
+    problem.params = {name: p for name, p in problem.params.items() if name.startswith("2")}
+    computer = MakeFxKFACComputer(**problem.kwargs())
+    for change in (lambda: None, lambda: setattr(model[0], "bias", nn.Parameter(torch.ones(4)))):
+        change()
+        model.double()
+        expected = HooksKFACComputer(**problem.kwargs()).compute()
+        assert_equal(computer.compute()[0], expected[0])
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    assert_equal(computer.compute()[0], HooksKFACComputer(**problem.kwargs()).compute()[0])
+
+
+def test_input_is_cloned() -> None:
+    X = torch.ones(2, 3)
+    trace_model(lambda params, x: x.mul_(2) @ params["W"], {"W": torch.ones(3, 1)}, X)
+    assert torch.equal(X, torch.ones(2, 3))
+
+
+def test_nothing_changes() -> None:
+    """Neither the model and its buffers, nor the data, nor the random generators."""
+
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            torch.rand(3)
+            return self.linear(x)
+
+    problem = problem_of(Counts())
+    before = [
+        t.clone() for t in (*problem.model.state_dict().values(), *(X for X, _ in problem.data))
+    ]
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        MakeFxKFACComputer(**problem.kwargs()).compute()
+    make_compute_kfac_batch(problem.model, problem.loss, problem.params, *problem.data[0])
+    after = (*problem.model.state_dict().values(), *(X for X, _ in problem.data))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None and p.requires_grad for p in problem.params.values())
+
+
+# ---- functions of one batch ----------------------------------------------------------------------
+def other_batch(problem: Setup) -> tuple[Any, ...]:
+    """Return parameters and a batch of the same shapes as those of a problem's first one."""
+    X, y = problem.data[0]
+    torch.manual_seed(7)
+    params = {name: torch.randn_like(p) for name, p in problem.params.items()}
+    if isinstance(X, dict):
+        return params, {key: torch.rand_like(x) for key, x in X.items()}, y.flip(0)
+    return params, (torch.randn_like(X) if X.is_floating_point() else X.flip(0)), y.flip(0)
+
+
+def uniforms_of(problem: Setup, options: dict[str, Any], purpose: str = "signs") -> Tensor | None:
+    """Return the numbers that the operators use for the first batch; None if they use none."""
+    X, y = problem.data[0]
+    n = y.shape[0] if problem.batch_size_fn is None else problem.batch_size_fn(X)
+    num_terms = y.numel()  # class indices
+    num_classes = problem.model(X).shape[1]
+    kind = options["fisher_type"]
+    if kind == "forward-only" or (kind != "mc" and num_terms == n):
+        return None
+    draws = {"mc": options.get("mc_samples", 1), "type-2": num_classes, "empirical": 1}[kind]
+    return RandomSource(SEED).uniforms("samples" if kind == "mc" else purpose, 0, num_terms, draws)
+
+
+BATCH_CASES = [
+    ("mlp", 0, "expand", True),
+    ("cnn", 1, "reduce", False),
+    ("attention", 1, "expand", False),
+    ("attention", 0, "expand", True),
+    ("tokens", 2, "reduce", True),
+    ("mapping", 3, "expand", True),
+    ("inplace", 0, "expand", False),
+    ("repeated", 2, "reduce", False),
+    ("constants", 0, "expand", True),
+]
+
+
+def batch_problem(name: str, index: int, approx: str, separate: bool) -> tuple[Setup, Any]:
+    """Return a problem of one batch, and options."""
+    problem = setup(name, "ce-all")
+    options = {
+        **FISHER_TYPES[index],
+        "kfac_approx": approx,
+        "separate_weight_and_bias": separate,
+    }
+    data = problem.data[:1]
+    return Setup(problem.model, problem.loss, problem.params, data, problem.batch_size_fn), options
+
+
+def covariance_function(problem: Setup, options: Any) -> tuple[Any, Any]:
+    """Return the function of a batch, made with another one."""
+    return make_compute_kfac_batch(
+        problem.model,
+        problem.loss,
+        *other_batch(problem),
+        **options,
+        batch_size_fn=problem.batch_size_fn,
+    )
+
+
+@pytest.mark.parametrize(("name", "index", "approx", "separate"), BATCH_CASES)
+def test_batch_covariances(name: str, index: int, approx: str, separate: bool) -> None:
+    problem, options = batch_problem(name, index, approx, separate)
+    fn, mapping = covariance_function(problem, options)
+    inputs, gradients = fn(problem.params, *problem.data[0], uniforms_of(problem, options))
+    expected = HooksKFACComputer(**problem.kwargs(**options)).compute()
+    assert mapping == expected[2]
+    assert_equal(inputs, expected[0])
+    assert_equal(gradients, expected[1])
+
+
+@pytest.mark.parametrize(("name", "index", "approx", "separate"), BATCH_CASES)
+def test_batch_eigenvalues(name: str, index: int, approx: str, separate: bool) -> None:
+    if index == 3:
+        return
+    problem, options = batch_problem(name, index, approx, separate)
+    expected = HooksEKFACComputer(**problem.kwargs(**options)).compute()
+    fn, mapping = make_compute_ekfac_eigencorrection_batch(
+        problem.model,
+        problem.loss,
+        *other_batch(problem),
+        **options,
+        batch_size_fn=problem.batch_size_fn,
+    )
+    assert mapping == expected[3]
+    uniforms = uniforms_of(problem, options, "eigenvalue-signs")
+    actual = fn(problem.params, *problem.data[0], *expected[:2], uniforms)
+    assert_equal(actual, expected[2])
+
+
+@pytest.mark.parametrize("name", ["embedding", "conv2d-groups", "self-attention", "batch-norm"])
+def test_batch_of_layers(name: str) -> None:
+    """Diagonal factors, several blocks, and buffers."""
+    problem = layer_setup(name)
+    problem.data = problem.data[:1]
+    options = {"fisher_type": "type-2", "loss_terms": "exact"}
+    expected = HooksEKFACComputer(**problem.kwargs(**options)).compute()
+    covariances = HooksKFACComputer(**problem.kwargs(**options)).compute()
+    arguments = (problem.model, problem.loss, *other_batch(problem))
+    fn, _ = make_compute_kfac_batch(*arguments, **options)
+    for actual, wanted in zip(fn(problem.params, *problem.data[0]), covariances, strict=False):
+        assert_equal(actual, wanted)
+    fn, _ = make_compute_ekfac_eigencorrection_batch(*arguments, **options)
+    assert_equal(fn(problem.params, *problem.data[0], *expected[:2]), expected[2])
+
+
+def test_random_numbers_of_a_batch() -> None:
+    """By default they are those of torch's global generator; others are as wanted."""
+    problem, options = batch_problem("attention", 1, "expand", True)
+    fn, _ = covariance_function(problem, options)
+    arguments = (problem.params, *problem.data[0])
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        results.append(fn(*arguments)[1])
+    assert_equal(results[0], results[1])
+    with pytest.raises(AssertionError):
+        assert_equal(results[0], results[2])
+    torch.manual_seed(0)
+    uniforms = torch.rand(8, 3, dtype=torch.float64)
+    assert_equal(fn(*arguments, uniforms)[1], results[0])
+    with pytest.raises(ValueError, match="uniforms must have"):
+        fn(*arguments, uniforms[:3])
+    fn, _ = covariance_function(*batch_problem("mlp", 1, "expand", True))
+    mlp = setup("mlp", "ce-all")
+    with pytest.raises(ValueError, match="uniforms must have"):
+        fn(mlp.params, *mlp.data[0], uniforms)
+
+
+def test_arguments_of_a_batch() -> None:
+    problem, options = batch_problem("mlp", 0, "expand", True)
+    fn, _ = covariance_function(problem, options)
+    X, y = problem.data[0]
+    with pytest.raises(ValueError, match=r"X must have .* \[2, 3\], but has \[1, 3\]"):
+        fn(problem.params, X[:1], y)
+    with pytest.raises(ValueError, match="y must have"):
+        fn(problem.params, X, y[:1])
+    with pytest.raises(ValueError, match="params must have"):
+        fn({"W": X}, X, y)
+    reordered = dict(reversed(problem.params.items()))
+    uniforms = uniforms_of(problem, options)
+    assert_equal(fn(reordered, X, y, uniforms)[0], fn(problem.params, X, y, uniforms)[0])
+    with pytest.raises(ValueError, match="diagonal"):
+        make_compute_kfac_batch(
+            problem.model, problem.loss, problem.params, X, y, unsupported="diagonal"
+        )
+
+
+@pytest.mark.parametrize("function", [branches, reads_a_list, derivative])
+def test_no_function_of_a_batch(function: Callable[[Any, Tensor], Tensor]) -> None:
+    """The graph would be wrong for other batches."""
+    problem = problem_of(Two(function))
+    with pytest.raises(NotImplementedError, match="depend on the entries"):
+        make_compute_kfac_batch(problem.model, problem.loss, problem.params, *problem.data[0])
+
+
+def test_parameters_elsewhere() -> None:
+    params = plain_params()
+    problem = problem_of(Two(plain))
+    model = lambda p, X: F.linear(F.linear(X, p["W"]), params["V"])  # noqa: E731
+    with pytest.raises(NotImplementedError, match=r"\['V'\] elsewhere"):
+        make_compute_kfac_batch(model, problem.loss, params, *problem.data[0])
+
+
+def test_tied_embedding() -> None:
+    problem = layer_setup("head")
+    with pytest.raises(NotImplementedError, match="embedding"):
+        make_compute_kfac_batch(problem.model, problem.loss, problem.params, *problem.data[0])
+
+
+# ---- compiled ------------------------------------------------------------------------------------
+def check_compiled(case: tuple[str, int, str, bool], backend: str) -> None:
+    """Compare compiled functions with those that are not."""
+    problem, options = batch_problem(*case)
+    arguments = (problem.params, *problem.data[0])
+    uniforms = uniforms_of(problem, options)
+    fn, _ = covariance_function(problem, options)
+    torch.compiler.reset()
+    compiled = torch.compile(fn, fullgraph=True, backend=backend)
+    for actual, expected in zip(
+        compiled(*arguments, uniforms), fn(*arguments, uniforms), strict=True
+    ):
+        assert_equal(actual, expected)
+    compiled(*arguments)  # draws the numbers itself
+    if options["fisher_type"] == "forward-only":
+        return
+    bases = HooksEKFACComputer(**problem.kwargs(**options)).compute()[:2]
+    fn, _ = make_compute_ekfac_eigencorrection_batch(
+        problem.model,
+        problem.loss,
+        *other_batch(problem),
+        **options,
+        batch_size_fn=problem.batch_size_fn,
+    )
+    compiled = torch.compile(fn, fullgraph=True, backend=backend)
+    expected = fn(*arguments, *bases, uniforms)
+    assert_equal(compiled(*arguments, *bases, uniforms), expected)
+
+
+@pytest.mark.parametrize("case", [BATCH_CASES[i] for i in (0, 2, 5)], ids=lambda case: case[0])
+def test_compiled(case: tuple[str, int, str, bool]) -> None:
+    check_compiled(case, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", BATCH_CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_more(case: tuple[str, int, str, bool], backend: str) -> None:
+    check_compiled(case, backend)
+
+
+def test_compiled_diagonal() -> None:
+    """A diagonal operator is among the results."""
+    problem = layer_setup("embedding")
+    arguments = (problem.params, *problem.data[0])
+    fn, _ = make_compute_kfac_batch(
+        problem.model, problem.loss, *other_batch(problem), fisher_type="empirical",
+        loss_terms="exact",
+    )  # fmt: skip
+    torch.compiler.reset()
+    compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(*arguments), fn(*arguments), strict=True):
+        assert_equal(actual, expected)
