@@ -107,6 +107,8 @@ class KFACComputer:
         self._diagonal: set[str] = set()  # parameters that get a diagonal block
         self._arrangements = Arrangements()
         self._seen: set[Any] = set()  # structures of batches
+        self._recording = False  # whether a statistic has got events
+        self._outdated = False  # whether they were others if it was known what is known now
         self._num_vectors = 1  # that are back-propagated for a batch
         FunctionalModel(model_func, params)  # raises if they do not fit
         self._check_model(model_func)
@@ -198,9 +200,15 @@ class KFACComputer:
         """
         signature = structure(batch.X)
         if batch.n == 1 or signature in self._seen:
+            self._recording = True
             return
         self._seen.add(signature)
         one = first_examples(batch.X, batch.n, 1)
+        self._look_at(one)
+        self._recording = True
+
+    def _look_at(self, one: Any) -> None:
+        """Find out from a single example where the examples are; None if it cannot be had."""
         if one is None:  # the examples are not in the first axis of any tensor
             return
         inputs: dict[tuple[Usage, int], Tensor] = {}
@@ -263,6 +271,7 @@ class KFACComputer:
                 "unsupported='diagonal'."
             )
         self._diagonal.update(reasons)
+        self._outdated = self._recording
 
     def _make_plans(self) -> list[GroupPlan]:
         """Return how each group of parameters is treated, as far as is known."""
@@ -322,12 +331,11 @@ class KFACComputer:
             factor of its blocks (one for each channel group, or part of a weight). A bias alone and
             a normalisation layer have no input factor.
         """
-        while True:
-            known = len(self._diagonal)
+        self._outdated = True
+        while self._outdated:  # a later batch may show that other parameters have factors
+            self._outdated = self._recording = False
             statistic = self._statistic()
             scale = self._gather(statistic, "KFAC factors", "signs")
-            if len(self._diagonal) == known:
-                break  # else a later batch has shown that other parameters have factors
         like = next(iter(self.risk.params.values())).detach()
         identity = self.fisher_type is FisherType.FORWARD_ONLY
         diagonals = self._diagonal_blocks()

@@ -163,6 +163,7 @@ class OneBatch(KFACComputer):
             self._params = self.risk.params
             self._look_first(batch)
             self._note(*self._observe(batch.X, batch.n, lambda *_: None)[1:])
+            self._verify_shared(batch)
             refuse_fixed(self._trace(batch.X), self._params)
             return
 

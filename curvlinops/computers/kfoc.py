@@ -19,7 +19,6 @@ from torch import Tensor
 from curvlinops import _tensors
 from curvlinops._scalars import as_integer
 from curvlinops.computers._base import Key, KFACComputer
-from curvlinops.computers.kfac_hooks import HooksKFACComputer
 from curvlinops.computers.plan import GroupPlan
 from curvlinops.computers.positions import Positions, Tokens, widened
 from curvlinops.computers.statistics import Factor
@@ -28,6 +27,7 @@ from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.kfac_utils import FisherType
 
 _ENTRIES = 2**22  # entries of per-example gradients held at once
+_PATIENCE = 5  # iterations in which a residual near rounding errors may fail to fall
 _SUPPORTED = (FisherType.TYPE2, FisherType.MC)
 
 
@@ -43,7 +43,7 @@ class _Rows:
         return _Rows(self.rows[..., examples, :, :])
 
     def kernel(self, X: Tensor) -> Tensor:
-        """Return ``x_sᵀ X x_t`` ``[..., n, S, S]`` for a matrix X ``[d, d]`` or diagonal ``[d]``."""
+        """Return ``x_sᵀ X x_t`` ``[..., n, S, S]`` for a matrix X or the diagonal of one."""
         return _times(self.rows, X) @ self.rows.mT
 
     def contracted(self, K: Tensor, diagonal: bool) -> Tensor:
@@ -279,8 +279,7 @@ class ProductStatistic:
         """
         _, n, S, o = g.shape
         i = group.plan.d_in
-        between_positions = S * (o**2 + i**2 + S * (o + i))
-        if isinstance(a, _Rows) and between_positions > S * o * i + o * i * (o + i):
+        if isinstance(a, _Rows) and not _between_positions(S, o, i):
             for v in range(len(g)):
                 for examples in _chunks(n, o * i):
                     self._add_gradients(group, block, g[v, examples].mT @ a.rows[examples])
@@ -342,6 +341,11 @@ def _add(group: _Group, block: int, new: Tensor) -> None:
     """Add to a block's result."""
     before = group.totals[block]
     group.totals[block] = new if before is None else before + new
+
+
+def _between_positions(S: int, o: int, i: int) -> bool:
+    """Return whether products between positions are cheaper than gradients ``[o, i]``."""
+    return S * (o**2 + i**2 + S * (o + i)) <= S * o * i + o * i * (o + i)
 
 
 def _chunks(n: int, entries: int) -> list[slice]:
@@ -425,7 +429,8 @@ class SingularVectorSearch:
 
     Args:
         identity: The start, ``[d, d]`` or ``[d]``, in the dtype of the search.
-        tol: The search is done when :math:`\|R^\top R x - \sigma^2 x\| \leq \text{tol}\,\sigma^2`.
+        tol: The search is done when :math:`\|R^\top R x - \sigma^2 x\| \leq \text{tol}\,\sigma^2`,
+            or rounding errors keep it from falling further.
 
     Attributes:
         done: Whether it has converged.
@@ -442,7 +447,8 @@ class SingularVectorSearch:
         self._basis = [self.operand]  # orthonormal
         self._images: list[Tensor] = []  # R of each
         self.done = False
-        self.residual = float("inf")
+        self.residual = self._best = float("inf")
+        self._since_best = 0  # iterations since then
         self.sigma = 0.0
         self.left: Tensor | None = None
         self.right = self.operand
@@ -456,8 +462,8 @@ class SingularVectorSearch:
             self.left = self._images[0] if largest else None
             self.sigma = largest
             return
-        rows = torch.stack([(image / largest).flatten() for image in self._images])
-        coefficients = torch.linalg.eigh((rows @ rows.T).cpu().double())[1][:, -1]
+        gram = [[_inner(a, b, largest) for b in self._images] for a in self._images]
+        coefficients = torch.linalg.eigh(torch.tensor(gram, dtype=torch.float64))[1][:, -1]
         # the best combination, and what is orthogonal to it of the span of it and the last one
         other = -coefficients[0] * coefficients
         other[0] += 1
@@ -482,9 +488,15 @@ class SingularVectorSearch:
         for _ in range(2):
             for v in self._basis:
                 w = w - (w * v).sum() * v
-        self.residual = (z / self.sigma - x * (z / self.sigma * x).sum()).norm().item()
+        projection = (z / self.sigma * x).sum()
+        residual = (z / self.sigma - x * projection).norm().item() if self.sigma else 0.0
+        self._since_best = 0 if residual < self._best else self._since_best + 1
+        self._best = min(self._best, residual)
+        # rounding errors keep it from falling further
+        stalled = self._since_best >= _PATIENCE and residual < torch.finfo(z.dtype).eps ** 0.5
+        self.residual = residual
         norm = w.norm().item()
-        if self.residual <= self._tol or norm == 0 or norm != norm:
+        if not residual > self._tol or stalled or norm == 0:
             self.done = True
             return
         self.operand = w / norm
@@ -494,6 +506,11 @@ class SingularVectorSearch:
 def _symmetric(matrix: Tensor) -> Tensor:
     """Remove rounding errors from a symmetric matrix, or leave a diagonal."""
     return matrix if matrix.ndim == 1 else (matrix + matrix.T) / 2
+
+
+def _inner(a: Tensor, b: Tensor, scale: float) -> float:
+    """Return the inner product of two matrices divided by a number."""
+    return ((a / scale) * (b / scale)).sum().item()
 
 
 def _trace(matrix: Tensor) -> float:
@@ -691,25 +708,6 @@ class KFOCComputer(KFACComputer):
             )
 
 
-class HooksKFOCComputer(KFOCComputer, HooksKFACComputer):
-    """Computes the nearest Kronecker products with hooks on an ``nn.Module``.
-
-    The arguments are those of :class:`~curvlinops.KFOCLinearOperator`.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from curvlinops.computers.kfoc import HooksKFOCComputer
-        >>> model = nn.Linear(3, 2)
-        >>> data = [(torch.rand(4, 3), torch.rand(4, 2))]
-        >>> params = dict(model.named_parameters())
-        >>> computer = HooksKFOCComputer(model, nn.MSELoss(), params, data)
-        >>> inputs, gradients, mapping = computer.compute()
-        >>> inputs["weight",].shape, gradients["weight",].shape
-        (torch.Size([3, 3]), torch.Size([2, 2]))
-    """
-
-
 def check_accuracy(max_iter: int, tol: float | None) -> tuple[int, float | None]:
     """Return valid limits of the iteration; raise a ValueError otherwise."""
     max_iter = as_integer("max_iter", max_iter, 1)
@@ -758,4 +756,4 @@ def _as_factor(tensor: Tensor) -> Factor:
     return DiagonalLinearOperator([tensor]) if tensor.ndim == 1 else tensor
 
 
-__all__ = ["HooksKFOCComputer", "KFOCComputer", "ProductStatistic", "SingularVectorSearch"]
+__all__ = ["KFOCComputer", "ProductStatistic", "SingularVectorSearch"]

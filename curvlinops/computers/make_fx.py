@@ -379,7 +379,9 @@ class MakeFxCollector:
         >>> X = torch.ones(3, 2)
         >>> predict = lambda p, x: torch.nn.functional.linear(x, p["W"])
         >>> gradients = []
-        >>> collector = MakeFxCollector({}, on_gradient=lambda *event: gradients.append(event[2]))
+        >>> collector = MakeFxCollector(
+        ...     Arrangements(), on_gradient=lambda *event: gradients.append(event[2])
+        ... )
         >>> prediction = collector.forward(trace_model(predict, params, X), params, X, n=3)
         >>> collector.backward(prediction, torch.ones(3, 1))
         >>> [gradient.shape for gradient in gradients]

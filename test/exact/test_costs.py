@@ -1,4 +1,4 @@
-"""What a product costs: multiplications relative to a gradient, and evaluations of the model.
+"""What products and Kronecker factors cost, relative to a gradient; evaluations of the model.
 
 Multiplications are counted, not timed: the figures are the same on every machine.
 """
@@ -16,7 +16,13 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, jvp, vjp
 from torch.utils.flop_counter import FlopCounterMode
 
-from curvlinops import EFLinearOperator, GGNLinearOperator, HessianLinearOperator
+from curvlinops import (
+    EFLinearOperator,
+    EKFACLinearOperator,
+    GGNLinearOperator,
+    HessianLinearOperator,
+    KFACLinearOperator,
+)
 
 H, G, E = HessianLinearOperator, GGNLinearOperator, EFLinearOperator
 OPERATORS = {H: "Hessian", G: "GGN", E: "EF"}
@@ -197,3 +203,48 @@ def test_monte_carlo_costs_as_much_as_the_exact_matrix(samples: int):
     exact = cost(operator(G, problem), v, "MLP")
     sampled = cost(operator(G, problem, mc_samples=samples), v, "MLP")
     assert sampled == pytest.approx(exact, rel=0.01)
+
+
+# --------------------------------------------------------------------------------------------------
+# Kronecker factors
+# --------------------------------------------------------------------------------------------------
+K, EK = KFACLinearOperator, EKFACLinearOperator
+# per operator and Fisher type, the most that its constructor may cost, in gradients
+CONSTRUCTORS = {
+    (K, "mc"): {"MLP": 1.65, "CNN": 2.25, "decoder": 1.9},
+    (K, "empirical"): {"MLP": 1.65, "CNN": 2.25, "decoder": 1.9},
+    (K, "type-2"): {"MLP": 6.2, "CNN": 6.0},
+    (EK, "mc"): {"MLP": 3.7, "CNN": 4.3, "decoder": 4.4},
+    (EK, "type-2"): {"MLP": 12.6, "CNN": 15.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("cls", "fisher_type", "name"),
+    [(*key, name) for key, limits in CONSTRUCTORS.items() for name in limits],
+    ids=lambda x: x if isinstance(x, str) else x.__name__.removesuffix("LinearOperator"),
+)
+def test_kronecker_factors(cls: Any, fisher_type: str, name: str):
+    """Embeddings and LayerNorms are left out; the gradient has all parameters."""
+    problem = PROBLEMS[name]()
+    layers = dict(problem.model.named_modules())
+    params = {
+        key: p
+        for key, p in problem.model.named_parameters()
+        if isinstance(layers[key.rpartition(".")[0]], (nn.Linear, nn.Conv2d))
+    }
+    assert len(params) == (33 if name == "decoder" else len(list(problem.model.parameters())))
+    flops = num_flops(
+        lambda: cls(
+            problem.model,
+            nn.CrossEntropyLoss(),
+            params,
+            problem.data,
+            check_deterministic=False,
+            num_data=problem.num_data,
+            fisher_type=fisher_type,
+            num_per_example_loss_terms=64 if name == "decoder" else 1,
+            separate_weight_and_bias=False,
+        )
+    )
+    assert flops / costs(name)[1] <= CONSTRUCTORS[cls, fisher_type][name]
