@@ -12,6 +12,7 @@ from curvlinops._saving import saveable
 from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.computers._base import KFACComputer
 from curvlinops.computers.ekfac_hooks import HooksEKFACComputer
+from curvlinops.computers.ekfac_make_fx import MakeFxEKFACComputer
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator
 from curvlinops.kfac import KFACLinearOperator, join_blocks
@@ -61,7 +62,10 @@ class EKFACLinearOperator(KFACLinearOperator):
         >>> natural_gradient = E.inverse(damping=1e-2) @ gradient
     """
 
-    _BACKENDS: ClassVar[dict[str, type[KFACComputer]]] = {"hooks": HooksEKFACComputer}
+    _BACKENDS: ClassVar[dict[str, type[KFACComputer]]] = {
+        "hooks": HooksEKFACComputer,
+        "make_fx": MakeFxEKFACComputer,
+    }
 
     @staticmethod
     def _blocks(computer: Any) -> list[PyTorchLinearOperator]:

@@ -14,6 +14,7 @@ from curvlinops._torch_base import _ChainPyTorchLinearOperator
 from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.computers._base import KFACComputer
 from curvlinops.computers.kfac_hooks import HooksKFACComputer
+from curvlinops.computers.kfac_make_fx import MakeFxKFACComputer
 from curvlinops.computers.report import check_finite, describe_groups, format_summary
 from curvlinops.curvature import CurvatureLinearOperator
 from curvlinops.kfac_utils import FisherType, FromCanonicalLinearOperator, KFACType
@@ -54,7 +55,9 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         kfac_approx: How positions are treated, see :class:`~curvlinops.KFACType`.
         num_per_example_loss_terms: The number of loss terms per example, which is then checked.
         separate_weight_and_bias: Whether the weight and bias of a layer have separate blocks.
-        backend: How factors are gathered: ``"hooks"`` on the layers of an ``nn.Module``.
+        backend: How factors are gathered: ``"hooks"`` on the layers that an ``nn.Module`` calls, or
+            ``"make_fx"``, from a trace of any model for each shape of a batch. The results are the
+            same; the first takes less time and memory, the second runs functions, too.
         unsupported: What becomes of parameters that no supported layer uses: ``"raise"`` an error
             that lists them, or a ``"diagonal"`` block, the exact diagonal of the GGN.
         loss_terms: How the independent loss terms of an example (tokens, pixels) are kept apart,
@@ -80,7 +83,10 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         >>> natural_gradient = K.inverse(damping=1e-2, use_heuristic_damping=True) @ gradient
     """
 
-    _BACKENDS: ClassVar[dict[str, type[KFACComputer]]] = {"hooks": HooksKFACComputer}
+    _BACKENDS: ClassVar[dict[str, type[KFACComputer]]] = {
+        "hooks": HooksKFACComputer,
+        "make_fx": MakeFxKFACComputer,
+    }
 
     def __init__(
         self,

@@ -51,6 +51,7 @@ class HooksCollector:
         self._on_gradient = on_gradient
         self._root = torch.empty(0)
         self._n = 0
+        self._listening = False
         #: How often each usage occurred in this batch.
         self.calls: dict[Usage, int] = {}
         #: Parameters that are used in other ways in this batch, and by which function.
@@ -68,8 +69,12 @@ class HooksCollector:
         self._root = torch.empty(0, device=device, requires_grad=True)
         self._n = n
         self.calls, self.other_uses = {}, {}
-        with _Watch(self, Parameters(params)):
-            yield
+        self._listening = True
+        try:
+            with _Watch(self, Parameters(params)):
+                yield
+        finally:
+            self._listening = False
 
     def backward(self, F: Tensor, vector: Tensor, last: bool) -> None:
         """Back-propagate a loss vector to the layers' outputs.
@@ -90,8 +95,6 @@ class HooksCollector:
                 f"{usage.label} is inside of torch.utils.checkpoint, where hooks do not see its "
                 "gradients: disable activation checkpointing while factors are computed."
             )
-        if not torch.is_grad_enabled():
-            return output  # the prediction's derivative does not see this call
         index = self.calls.get(usage, 0)
         self.calls[usage] = index + 1
         n, form = self._n, usage.format
@@ -106,6 +109,11 @@ class HooksCollector:
             output, where = spread(output, n).clone(), BATCH_FIRST
 
         def on_gradient(gradient: Tensor) -> None:
+            if self._listening:
+                raise NotImplementedError(
+                    f"The model differentiates {usage.label.lower()} in its forward pass, which "
+                    "hooks cannot tell from the backward pass: use backend='make_fx'."
+                )
             with torch.no_grad():
                 gradient = where.examples_first(gradient, n)
                 shared = form.gradients(gradient, n, usage.label).unsqueeze(0)
@@ -168,6 +176,10 @@ class _Watch(TorchFunctionMode):
             output = func(*args, **kwargs)
             self._note_constants(output)
             return output
+        if not torch.is_grad_enabled() and torch._C._is_fwd_grad_enabled():  # in no_grad
+            output = func(*args, **kwargs)
+            self._note_constants(output)
+            return output
         hidden = _hidden()
         call = None if hidden else read_function(func, args, kwargs)
         usage = None if call is None else self._params.usage(call)
@@ -201,8 +213,6 @@ class _Watch(TorchFunctionMode):
         A view of a parameter does not count: what matters is how the view is used.
         """
         name = getattr(func, "__name__", "")
-        if not torch.is_grad_enabled() and torch._C._is_fwd_grad_enabled():
-            return False  # the caller is in no_grad
         if name.startswith("new_") or name.endswith("_like"):
             return False
         if (name == "to" or name.endswith("_as")) and not self._involved(args[:1]):

@@ -488,3 +488,46 @@ def test_only_layer_types_are_registered(layer: Any):
     with pytest.raises(TypeError, match="register_layer takes a LayerType, got"):
         register_layer(layer)
     assert before == LAYERS
+
+
+# ---- derivatives in the forward pass -------------------------------------------------------------
+class Force(nn.Module):
+    """Returns a derivative by its input, or uses one as a constant."""
+
+    def __init__(self, create_graph: bool):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 3), nn.Linear(3, 2)
+        self.create_graph = create_graph
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = x.detach().requires_grad_()
+        energy = self.b(torch.tanh(self.a(z))).sum()
+        (force,) = torch.autograd.grad(energy, z, create_graph=self.create_graph)
+        return force if self.create_graph else self.b(torch.tanh(self.a(x + force)))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_hooks_refuse_derivatives_in_the_forward_pass(create_graph: bool):
+    """Their gradients would be taken for those of the loss."""
+    with pytest.raises(NotImplementedError, match=r"differentiates.*backend='make_fx'"):
+        build(Force(create_graph).double())
+
+
+def test_a_view_made_under_no_grad_is_a_constant():
+    class Constant(nn.Module):
+        def __init__(self, constant: Callable[[Tensor], Tensor]):
+            super().__init__()
+            self.a, self.b, self.constant = nn.Linear(2, 2), nn.Linear(2, 2), constant
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) + self.a(x) @ self.constant(self.b.weight)
+
+    def without_gradients(weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            return weight.T
+
+    data = batches(2, 1)
+    model = Constant(without_gradients).double()
+    actual = build(model, data)
+    model.constant = lambda weight: weight.detach().clone().T
+    torch.testing.assert_close(actual.to_dense(), build(model, data).to_dense())
