@@ -21,6 +21,7 @@ from curvlinops.kfac_utils import (
     KFACType,
     ToCanonicalLinearOperator,
 )
+from curvlinops.kfoc import KFOCLinearOperator
 from curvlinops.kronecker import KroneckerProductLinearOperator
 from curvlinops.outer import OuterProductLinearOperator
 from curvlinops.risk.losses import register_loss
@@ -43,6 +44,7 @@ __all__ = [
     "JacobianLinearOperator",
     "KFACLinearOperator",
     "KFACType",
+    "KFOCLinearOperator",
     "KroneckerProductLinearOperator",
     "LayerType",
     "OuterProductLinearOperator",

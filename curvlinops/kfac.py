@@ -38,8 +38,15 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
     of its outputs when the vectors :math:`v` are back-propagated (Martens & Grosse, 2015,
     "Optimizing neural networks with Kronecker-factored approximate curvature"; Grosse & Martens,
     2016, for convolutions; Eschenhagen et al., 2023, for expand and reduce). Inputs and output
-    gradients come with S positions per example that share the weights: pixels, tokens. The examples
-    of a batch run along the first axis of a layer's input (batch first).
+    gradients come with S positions per example that share the weights: pixels, tokens. A layer is a
+    function of PyTorch that the model calls with parameters, in a module or not: a linear layer, a
+    (transposed) convolution, an embedding, a normalisation, or attention's projections. Channel
+    groups have one block each, and normalisations one dense block for weight and bias, which is
+    exact; a parameter that is used repeatedly has the positions of all its uses. A weight that
+    belongs to an embedding and a linear layer has the Kronecker product nearest to the sum of both.
+
+    The examples of a batch run along the first axis of the model's inputs; where they are inside of
+    the model is found by evaluating a single one.
 
     Factors are computed once, in the constructor, in one pass over the data. ``P, B, PT = K``
     unpacks the chain. All closed forms (``trace``, ``det``, ``logdet``, ``frobenius_norm``,
@@ -67,8 +74,9 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         max_factor_size: A wider factor keeps its diagonal only.
 
     Raises:
-        NotImplementedError: If parameters are not in supported layers, or are used where the
-            backend does not see it.
+        NotImplementedError: If parameters are used in other ways (see ``unsupported``), or the
+            backend cannot follow the model: ``"hooks"`` derivatives in the forward pass, and
+            ``"make_fx"`` custom autograd functions and hooks.
         RuntimeError: If factors have non-finite values.
 
     Example:
@@ -143,7 +151,10 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         }
         self._assemble(
             [P, BlockDiagonalLinearOperator(blocks), P.adjoint()],
-            {"options": options, "groups": describe_groups(plans, computer.risk.model)},
+            {
+                "options": options,
+                "groups": describe_groups(plans, computer.risk.model, computer.counts_tokens),
+            },
         )
 
     @staticmethod

@@ -56,7 +56,7 @@ LAYERS = {
         "linearization",
         "rows",
     ],
-    "L4": ["computers", "ekfac", "ggn_diagonal", "kfac"],
+    "L4": ["computers", "ekfac", "ggn_diagonal", "kfac", "kfoc"],
     TOP: ["__init__", "testing"],
 }
 

@@ -285,6 +285,11 @@ class KFACComputer:
         return self._make_plans()
 
     @property
+    def counts_tokens(self) -> bool:
+        """Whether input factors of embeddings are diagonal: the counts of their tokens."""
+        return self.kfac_approx is KFACType.EXPAND
+
+    @property
     def mapping(self) -> list[ParamGroup]:
         """The groups of parameters, one for each block; complete after a pass."""
         return [dict(plan.group) for plan in self.plans]

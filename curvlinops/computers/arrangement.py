@@ -41,6 +41,7 @@ class Arrangement:
 
 BATCH_FIRST = Arrangement()
 
+
 class Arrangements:
     """Where the examples are in the calls of layers, found by comparison with a single example.
 

@@ -24,8 +24,16 @@ def check_finite(names: tuple[str, ...], inputs: Any, gradients: Any) -> None:
             )
 
 
-def describe_groups(plans: list[GroupPlan], model: nn.Module | None) -> list[dict[str, Any]]:
-    """Return plain data about each group, to be kept with the operator."""
+def describe_groups(
+    plans: list[GroupPlan], model: nn.Module | None, counts_tokens: bool
+) -> list[dict[str, Any]]:
+    """Return plain data about each group, to be kept with the operator.
+
+    Args:
+        plans: The groups.
+        model: The model, if it is a module.
+        counts_tokens: Whether input factors of embeddings are diagonal by themselves.
+    """
     names: dict[int, list[str]] = {}
     if model is not None:
         for name, p in model.named_parameters(remove_duplicate=False):
@@ -41,6 +49,7 @@ def describe_groups(plans: list[GroupPlan], model: nn.Module | None) -> list[dic
                 "layers": owners,
                 "tied": bool(plan.tied),
                 "diagonal": plan.diagonal,
+                "tokens": counts_tokens and plan.format.is_embedding,
             }
         )
     return entries
