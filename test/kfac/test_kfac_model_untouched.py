@@ -169,9 +169,11 @@ def test_untouched_after_an_exception(where: str, error: BaseException, check_de
     watched.assert_untouched()
 
 
-@pytest.mark.parametrize("check_deterministic", [False, True])
+@pytest.mark.parametrize(
+    ("visit", "check_deterministic"),
+    [(1, False), (1, True), (2, True)],  # two examples are looked at before the check only
+)
 @pytest.mark.parametrize("where", ["forward", "hook"])
-@pytest.mark.parametrize("visit", [1, 2])
 def test_untouched_after_an_exception_while_looking(
     visit: int, where: str, check_deterministic: bool
 ):
