@@ -553,8 +553,17 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@cache
 def layer_setup(name: str, loss: str | None = None) -> Setup:
+    """Return a case as in :func:`_shared_setup`, for one test alone."""
+    setup = copy.copy(_shared_setup(name, loss))
+    setup.data = list(setup.data)
+    for cached in ("layer_examples", "examples"):
+        setup.__dict__.pop(cached, None)
+    return setup
+
+
+@cache
+def _shared_setup(name: str, loss: str | None) -> Setup:
     """Return a case in float64, at parameters and statistics that are not the initial ones.
 
     With cross-entropy the model is an attribute ``model`` of another that moves classes to the
