@@ -121,8 +121,8 @@ class _Convolution(_Form):
     def contract(self, missing: int, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         if missing == G:
             return torch.convolution(a, b, bias, *self.options)
-        # The tensor that is missing gives its shape only.
-        empty = a.new_empty(()).expand(self.shapes[missing])
+        # The tensor that is missing gives its shape only. (An expanded number would be copied.)
+        empty = a.new_empty(self.shapes[missing])
         x, weight = (empty, b) if missing == X else (b, empty)
         mask = (missing == X, missing == W, False)
         gradients = torch.ops.aten.convolution_backward(a, x, weight, None, *self.options, mask)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +11,11 @@ from torch import Tensor
 from curvlinops._random import RandomSource
 from curvlinops._scalars import as_integer
 from curvlinops.computers.arrangement import Arrangements
+from curvlinops.computers.events import Statistic
 from curvlinops.computers.ggn_diagonal import GGNDiagonalComputer
 from curvlinops.computers.layers import LAYERS
 from curvlinops.computers.per_example import first_examples, structure
 from curvlinops.computers.plan import GroupPlan, MisfitError, plan_groups
-from curvlinops.computers.positions import Positions
 from curvlinops.computers.statistics import CovarianceStatistic, Factor
 from curvlinops.computers.usages import Usage
 from curvlinops.computers.vectors import check_terms, loss_vectors, num_vectors
@@ -29,25 +29,6 @@ __all__ = ["KFACComputer", "ParamGroup", "Statistic", "stacked"]
 
 Key = tuple[str, ...]
 """The names of a group's parameters."""
-
-
-class Statistic(Protocol):
-    """What listens to the events of a collector."""
-
-    def on_input(self, usage: Usage, index: int, positions: Positions) -> None:
-        """A layer was called, for the ``index``-th time in this way in this batch."""
-
-    def end_of_forward(self) -> None:
-        """All layers of a batch were called."""
-
-    def on_gradient(self, usage: Usage, index: int, gradient: Tensor) -> None:
-        """The gradients ``[V, n, S, d_out]`` of V loss vectors at a layer's output exist."""
-
-    def end_of_backward(self) -> None:
-        """All gradients of a back-propagation were computed."""
-
-    def end_of_batch(self) -> None:
-        """All vectors of a batch were back-propagated."""
 
 
 class KFACComputer:
@@ -180,6 +161,21 @@ class KFACComputer:
             signs: What the random signs are drawn for, see :data:`~curvlinops._random.PURPOSES`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement _gather.")
+
+    # ---- the stream of events --------------------------------------------------------------------
+    def stream(self, statistic: Statistic) -> float:
+        """Pass over the data; hand the inputs and output gradients of all layers to a statistic.
+
+        The loss vectors that are back-propagated are those of ``fisher_type``, without the scale c
+        of the loss.
+
+        Args:
+            statistic: What listens: :class:`~curvlinops.computers.events.Pairs`, or another one.
+
+        Returns:
+            The scale c.
+        """
+        return float(self._gather(statistic, "Layers", "signs"))
 
     # ---- how the model uses its parameters -------------------------------------------------------
     def _look_first(self, batch: Batch) -> None:
