@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -124,8 +123,8 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
     def _apply_runs(self, x: Tensor, adjoint: bool) -> Tensor:
         """Multiply blocks onto ``[N, K]``; neighbours of one type and size at once."""
         results, start = [], 0
-        for (_, in_shape, out_shape), run in groupby(self._blocks, key=_kind):
-            blocks, shapes = list(run), out_shape if adjoint else in_shape
+        for blocks in self._runs():
+            shapes = blocks[0].out_shape if adjoint else blocks[0].in_shape
             dim = numel(shapes)
             stop = start + len(blocks) * dim
             rows = x[start:stop].reshape(len(blocks), dim, x.shape[1])  # [g, N, K]
@@ -133,6 +132,16 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
             results.append(concatenate(Y, batch_dims=1).flatten(0, 1))
             start = stop
         return results[0] if len(results) == 1 else torch.cat(results)
+
+    def _runs(self) -> list[list[PyTorchLinearOperator]]:
+        """Return neighbours of one type and size; torch.compile cannot trace itertools.groupby."""
+        runs = [[self._blocks[0]]]
+        for block in self._blocks[1:]:
+            if _kind(block) == _kind(runs[-1][0]):
+                runs[-1].append(block)
+            else:
+                runs.append([block])
+        return runs
 
     def _adjoint(self) -> BlockDiagonalLinearOperator:
         return self._blockwise(lambda block: block.adjoint())

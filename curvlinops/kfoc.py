@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
+
+from torch import Tensor
 
 from curvlinops._operator import PyTorchLinearOperator
 from curvlinops._saving import saveable
 from curvlinops.computers._base import KFACComputer
 from curvlinops.computers.kfoc import check_accuracy
 from curvlinops.computers.kfoc_hooks import HooksKFOCComputer
+from curvlinops.computers.kfoc_make_fx import MakeFxKFOCComputer
 from curvlinops.kfac import KFACLinearOperator
+from curvlinops.kfac_utils import FisherType, KFACType
+from curvlinops.risk.model import ModelFunction
 
 
 @saveable
@@ -59,7 +65,6 @@ class KFOCLinearOperator(KFACLinearOperator):
     :class:`~curvlinops.EKFACLinearOperator`, and all passes some six copies of the factors.
 
     Args:
-        args: As for :class:`~curvlinops.KFACLinearOperator`.
         max_iter: The largest number of iterations, of two passes over the data each. After it,
             there is a warning, and the factors are the best ones so far.
         tol: The iteration has converged if :math:`\|R^\top R A - \sigma^2 A\| \leq \text{tol}\,
@@ -67,7 +72,6 @@ class KFOCLinearOperator(KFACLinearOperator):
             relative distance of :math:`\sigma^2` to the next smaller one. ``None`` means
             :math:`10^{-9}` for float64, and :math:`4 \cdot 10^{-6}` otherwise. It has also
             converged if rounding errors keep a small residual from falling.
-        kwargs: As for :class:`~curvlinops.KFACLinearOperator`.
 
     Raises:
         ValueError: If ``fisher_type`` is another one, ``max_iter`` is not positive, or ``tol`` is
@@ -92,13 +96,56 @@ class KFOCLinearOperator(KFACLinearOperator):
         >>> natural_gradient = K.inverse(damping=1e-2) @ gradient
     """
 
-    _BACKENDS: ClassVar[dict[str, type[KFACComputer]]] = {"hooks": HooksKFOCComputer}
+    _BACKENDS: ClassVar[dict[str, type[KFACComputer]]] = {
+        "hooks": HooksKFOCComputer,
+        "make_fx": MakeFxKFOCComputer,
+    }
 
     def __init__(
-        self, *args: Any, max_iter: int = 100, tol: float | None = None, **kwargs: Any
-    ) -> None:
+        self,
+        model_func: ModelFunction,
+        loss_func: Callable[[Any, Any], Tensor],
+        params: dict[str, Tensor],
+        data: Iterable[Any],
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        seed: int = 2147483647,
+        fisher_type: FisherType | str = FisherType.MC,
+        mc_samples: int = 1,
+        kfac_approx: KFACType | str = KFACType.EXPAND,
+        num_per_example_loss_terms: int | None = None,
+        separate_weight_and_bias: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        backend: str = "hooks",
+        *,
+        unsupported: str = "raise",
+        loss_terms: str = "signs",
+        max_factor_size: int = 8192,
+        max_iter: int = 100,
+        tol: float | None = None,
+    ):
         self._accuracy = check_accuracy(max_iter, tol)
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            model_func,
+            loss_func,
+            params,
+            data,
+            progressbar,
+            check_deterministic,
+            seed,
+            fisher_type,
+            mc_samples,
+            kfac_approx,
+            num_per_example_loss_terms,
+            separate_weight_and_bias,
+            num_data,
+            batch_size_fn,
+            backend,
+            unsupported=unsupported,
+            loss_terms=loss_terms,
+            max_factor_size=max_factor_size,
+        )
 
     def _blocks(self, computer: Any) -> list[PyTorchLinearOperator]:  # type: ignore[override]
         """Return the block of each group."""

@@ -391,7 +391,7 @@ def _multiply_each(
     if len({len(op) for op in operators}) > 1:
         return NotImplemented
     places = zip(*(op._factors for op in operators), strict=True)
-    stacks = [stack for place in places if (stack := _stack(place)) is not None]
+    stacks = [stack for stack in map(_stack, places) if stack is not None]
     if len(stacks) < len(operators[0]):
         return NotImplemented
     if adjoint:

@@ -18,7 +18,9 @@ _NUM_SQUARINGS = 30
 
 
 def nearest_kronecker(
-    terms: Sequence[tuple[Factor, Factor]], keep_diagonal: tuple[bool, bool] = (False, False)
+    terms: Sequence[tuple[Factor, Factor]],
+    keep_diagonal: tuple[bool, bool] = (False, False),
+    check_values: bool = True,
 ) -> tuple[Factor, Factor]:
     r"""Return the Kronecker product nearest to a sum of Kronecker products.
 
@@ -47,7 +49,8 @@ def nearest_kronecker(
     :math:`\sqrt\sigma` each, also for a single term. If all terms vanish, so do the factors.
 
     The coefficients are computed in double precision, from inner products in at least single
-    precision.
+    precision. What is done is the same sequence of tensor operations for any entries, which can be
+    traced, but for the check of the values.
 
     Args:
         terms: Pairs :math:`(B_k, A_k)` of matrices ``[d, d]`` or diagonal operators. All first
@@ -55,14 +58,17 @@ def nearest_kronecker(
         keep_diagonal: Whether the first and the second factor shall be diagonal, also where terms
             are tensors. The result is then the nearest product with such factors: the entries off
             the tensors' diagonals have no influence on it.
+        check_values: Whether to read the entries, to raise if they are not what they must be.
+            Without this check, of entries that are not finite some results are not finite, either.
 
     Returns:
         B and A: diagonal operators where this was asked for or all terms are diagonal, else
         tensors, in the dtype of the terms.
 
     Raises:
-        ValueError: If there is no term, factors differ in size, dtype or device, have non-finite
-            entries, or are not positive semi-definite (as far as this shows).
+        ValueError: If there is no term, factors differ in size, dtype or device, or, with
+            ``check_values``, have non-finite entries or are not positive semi-definite (as far as
+            this shows).
 
     Example:
         >>> import torch
@@ -81,11 +87,10 @@ def nearest_kronecker(
             f"The first factors have {first.dtype} on {first.device}, the second ones "
             f"{second.dtype} on {second.device}. Convert one of them with .to(...)."
         )
-    (cosines_B, norms_B), (cosines_A, norms_A) = first.gram(), second.gram()
+    (cosines_B, norms_B), (cosines_A, norms_A) = (s.gram(check_values) for s in (first, second))
     sizes = norms_B * norms_A  # [K], those of the terms
     largest = sizes.max()
-    if largest == 0:
-        return first.combine(torch.zeros_like(sizes)), second.combine(torch.zeros_like(sizes))
+    largest = torch.where(largest == 0, 1, largest)
     # the terms as w_k U_k ⊗ w_k V_k, with the factors' directions U and V
     weights = (sizes / largest).sqrt()
     gram_B, gram_A = (weights.outer(weights) * cosines for cosines in (cosines_B, cosines_A))
@@ -99,9 +104,10 @@ def nearest_kronecker(
     a = a / (b @ a)  # the best one for this b
     ratio = ((a @ gram_A @ a) / (b @ gram_B @ b)).sqrt().sqrt()
     scale = largest.sqrt() * weights
-    # terms that vanish have weight 0, and perhaps norm 0
-    coefficients_B = torch.where(weights > 0, ratio * b * scale / norms_B, 0)
-    coefficients_A = torch.where(weights > 0, a / ratio * scale / norms_A, 0)
+    # Terms that vanish have weight 0, and perhaps norm 0; if all do, there was 0 / 0 above. (NaN is
+    # not 0: it stays.)
+    coefficients_B = torch.where(weights == 0, 0, ratio * b * scale / norms_B)
+    coefficients_A = torch.where(weights == 0, 0, a / ratio * scale / norms_A)
     return first.combine(coefficients_B), second.combine(coefficients_A)
 
 
@@ -122,18 +128,24 @@ class _Side:
         self.tensors = [f.diagonal() if self.diagonal else _dense(f) for f in factors]
         self.dtype, self.device = self.tensors[0].dtype, self.tensors[0].device
 
-    def gram(self) -> tuple[Tensor, Tensor]:
+    def gram(self, check_values: bool) -> tuple[Tensor, Tensor]:
         """Return the cosines ``[K, K]`` between factors and their norms ``[K]``, in float64."""
         rows = _tensors.widened(torch.stack([t.flatten() for t in self.tensors]))  # [K, N]
         entries = rows.abs().amax(dim=1)
         rows = rows / torch.where(entries > 0, entries, 1).unsqueeze(-1)  # lest squares overflow
         with torch.autocast(rows.device.type, enabled=False):
-            gram = (rows.conj() @ rows.T).real.cpu().double()
+            gram = _double((rows.conj() @ rows.T).real)
         norms = gram.diagonal().sqrt()
         lengths = torch.where(norms > 0, norms, 1)
         cosines = gram / lengths.outer(lengths)
-        sizes = entries.cpu().double() * norms
-        if not bool(cosines.isfinite().all() and sizes.isfinite().all()):
+        sizes = _double(entries) * norms
+        if check_values:
+            self._check_values(cosines, sizes)
+        return cosines.clamp(min=0), sizes
+
+    def _check_values(self, cosines: Tensor, norms: Tensor) -> None:
+        """Raise if factors are not finite, or not positive semi-definite."""
+        if not bool(cosines.isfinite().all() and norms.isfinite().all()):
             raise ValueError(f"The {self.name} have non-finite entries.")
         # rounding errors of low precision may turn 0 into a small negative number
         if bool((cosines < -max(1e-2, 10 * torch.finfo(self.dtype).eps)).any()):
@@ -141,15 +153,14 @@ class _Side:
                 f"The {self.name} are not all positive semi-definite: two of them have a negative "
                 "inner product."
             )
-        return cosines.clamp(min=0), sizes
 
     def combine(self, coefficients: Tensor) -> Factor:
         """Return the factors' linear combination, with coefficients ``[K]``."""
         result = _tensors.widened(torch.zeros_like(self.tensors[0]))
+        factors = coefficients.to(result.real.dtype).to(self.device)
         # entry by entry in the same order: symmetric matrices have a symmetric sum
-        for coefficient, tensor in zip(coefficients.tolist(), self.tensors, strict=True):
-            if coefficient > 0:
-                result += coefficient * tensor.to(result.dtype)
+        for factor, tensor in zip(factors, self.tensors, strict=True):
+            result += factor * tensor.to(result.dtype)
         result = result.to(self.dtype)
         return DiagonalLinearOperator([result]) if self.diagonal else result
 
@@ -170,3 +181,8 @@ def _check_factor(factor: Factor, name: str) -> None:
 def _dense(factor: Factor) -> Tensor:
     """Return a factor as a matrix ``[d, d]``."""
     return factor if isinstance(factor, Tensor) else factor.diagonal().diag()
+
+
+def _double(tensor: Tensor) -> Tensor:
+    """Return real numbers in double precision: on the CPU where the device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()

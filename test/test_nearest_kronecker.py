@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import permutations
+from itertools import product as product_of_indices
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from zoo import BF16, C128, F32, F64, kron
 
 from curvlinops._algebra import IdentityLinearOperator
@@ -209,6 +211,60 @@ def test_autocast() -> None:
         pair = nearest_kronecker(terms)
     for factor, other in zip(pair, nearest_kronecker(terms), strict=True):
         assert torch.equal(factor, other)
+
+
+def flat(pair: tuple[Factor, Factor]) -> list[Tensor]:
+    return [f if isinstance(f, Tensor) else f.diagonal() for f in pair]
+
+
+@pytest.mark.parametrize("keep", [(False, False), (True, False)])
+def test_trace(keep: tuple[bool, bool]) -> None:
+    """Without the check it is one sequence of operations, right for whatever terms."""
+
+    def function(B1: Tensor, A1: Tensor, B2: Tensor, a2: Tensor) -> list[Tensor]:
+        terms = [(B1, A1), (B2, DiagonalLinearOperator([a2]))]
+        return flat(nearest_kronecker(terms, keep_diagonal=keep, check_values=False))
+
+    def make(rank: int) -> list[Tensor]:
+        return [*(semidefinite(d, rank) for d in (2, 3, 2)), torch.rand(3, dtype=F64)]
+
+    zeros = [torch.zeros_like(t) for t in make(1)]
+    tie = [torch.eye(2, dtype=F64), torch.eye(3, dtype=F64)] * 2
+    tie[3] = torch.ones(3, dtype=F64)
+    first, second = make(2), make(3)
+    examples = [
+        first,
+        zeros,
+        tie,
+        [*first[:2], *zeros[2:]],
+        [zeros[0], *second[1:]],
+        [first[0], 1e8 * first[1], *second[2:]],
+    ]
+    expected = []
+    for B1, A1, B2, a2 in examples:
+        terms = [(B1, A1), (B2, DiagonalLinearOperator([a2]))]
+        expected.append(flat(nearest_kronecker(terms, keep_diagonal=keep)))
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    for traced in (make_fx(function)(*examples[0]), make_fx(function)(*zeros), compiled):
+        for example, wanted in zip(examples, expected, strict=True):
+            for ours, theirs in zip(traced(*example), wanted, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_unchecked_values(value: float) -> None:
+    """What is not finite does not get lost, wherever it is."""
+    for term, factor in product_of_indices((0, 1), (0, 1)):
+        for others_vanish in (False, True):
+            terms = [[semidefinite(2, 2), semidefinite(3, 2)] for _ in range(2)]
+            if others_vanish:
+                terms[1 - term] = [torch.zeros_like(t) for t in terms[term]]
+                terms[term][1 - factor] *= 0
+            terms[term][factor][1, 1] = value
+            results = nearest_kronecker([(B, A) for B, A in terms], check_values=False)
+            assert not all(bool(result.isfinite().all()) for result in results)
+            with pytest.raises(ValueError, match="non-finite"):
+                nearest_kronecker([(B, A) for B, A in terms])
 
 
 def test_terms_are_not_changed() -> None:

@@ -299,7 +299,7 @@ class KFACComputer:
             self.kfac_approx,
             self.max_factor_size,
             self.separate_weight_and_bias,
-            self._diagonal,
+            frozenset(self._diagonal),  # that more are found must not show within a pass
         )
 
     def _vectors(
@@ -340,11 +340,13 @@ class KFACComputer:
         like = next(iter(self.risk.params.values())).detach()
         identity = self.fisher_type is FisherType.FORWARD_ONLY
         diagonals = self._diagonal_blocks()
+        plans = self.plans
+        last = statistic.last_uses(plan for plan in plans if not plan.diagonal)
         return {
             plan.key: [(diagonals[plan.key[0]], None)]
             if plan.diagonal
-            else statistic.factors(plan, scale, like, identity)
-            for plan in self.plans
+            else statistic.factors(plan, scale, like, identity, last.get(plan.key, frozenset()))
+            for plan in plans
         }
 
     def _diagonal_blocks(self) -> dict[str, DiagonalLinearOperator]:

@@ -5,7 +5,7 @@ A format knows a layer's configuration, and nothing of modules, functions or gra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import ClassVar
@@ -15,7 +15,7 @@ from einconv import index_pattern
 from torch import Tensor
 from torch.nn import functional
 
-from curvlinops.computers.positions import Positions, Tokens, split_examples
+from curvlinops.computers.positions import Positions, Tokens, flat_rows, split_examples
 from curvlinops.kfac_utils import Layout
 
 _CONV_TRANSPOSE = (
@@ -92,13 +92,12 @@ class ConvolutionFormat(Format):
         num_pixels = prod((i - d * (k - 1) - 1) // s + 1 for i, k, s, d in axes)
 
         def rows() -> Tensor:
-            if len(axes) == 2:
-                patches = functional.unfold(
-                    x, self.kernel_size, dilation=self.dilation, stride=self.stride
-                ).mT
-            else:
-                patches = _windows(x, axes)
-            return split_examples(patches, n, where)
+            return split_examples(_windows(x, axes), n, where)
+
+        def parts() -> Iterator[Tensor]:
+            split_examples(x.new_empty(x.shape[0], num_pixels, 0), n, where)  # raises if it cannot
+            for images in x.split(_num_images(x, num_pixels * x.shape[1] * prod(self.kernel_size))):
+                yield flat_rows(_windows(images, axes))
 
         def mean() -> Tensor:
             averaged = x
@@ -109,21 +108,36 @@ class ConvolutionFormat(Format):
                 averaged = torch.tensordot(averaged, pattern, dims=([2], [1]))
             return split_examples(averaged.flatten(1).unsqueeze(1), n, where).mean(1)
 
-        return Positions(num_pixels * x.shape[0] // n, rows, mean)
+        return Positions(num_pixels * x.shape[0] // n, rows, mean, parts)
 
     def gradients(self, gradient: Tensor, n: int, where: str) -> Tensor:
         """Return the gradients of the pixels of n examples."""
         return split_examples(_channels_last(gradient, len(self.kernel_size)), n, where)
 
 
+def _num_images(x: Tensor, entries: int) -> int:
+    """Return of how many images to unfold the patches at once, with so many entries each.
+
+    As many as fit into a processor's cache, but at least an eighth of them, so that traces of this
+    are short. Other devices have memory enough, and want fewer operations.
+    """
+    fitting = (2**20 if x.device.type == "cpu" else 2**26) // max(entries, 1)
+    return max(fitting, -(-x.shape[0] // 8), 1)
+
+
 def _windows(x: Tensor, axes: list[tuple[int, int, int, int]]) -> Tensor:
-    """Return all patches of images ``[B, C, *I]``, as ``[B, pixels, C * kernel]``."""
+    """Return all patches of images ``[B, C, *I]``, as ``[B, pixels, C * kernel]``.
+
+    They are stored as ``[C * kernel, B, pixels]``: so images are copied line by line, and the
+    second moment of all patches needs no other copy.
+    """
     for axis, (_, k, s, d) in enumerate(axes, start=2):
         x = x.unfold(axis, d * (k - 1) + 1, s)[..., ::d]  # the kernel's axis is appended
     spatial = len(axes)
-    pixels = prod(x.shape[2 : 2 + spatial])
-    x = x.movedim(1, 1 + spatial)  # [B, *O, C, *K]
-    return x.reshape(x.shape[0], pixels, -1)
+    num_images, pixels = x.shape[0], prod(x.shape[2 : 2 + spatial])
+    kernel = range(2 + spatial, 2 + 2 * spatial)
+    x = x.permute(1, *kernel, 0, *range(2, 2 + spatial))  # [C, *K, B, *O]
+    return x.reshape(-1, num_images, pixels).permute(1, 2, 0)
 
 
 @dataclass(frozen=True)

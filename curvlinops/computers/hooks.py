@@ -98,8 +98,8 @@ class HooksCollector:
         index = self.calls.get(usage, 0)
         self.calls[usage] = index + 1
         n, form = self._n, usage.format
-        where = self._arrangements.of(usage, index, x.detach(), n)
-        with torch.no_grad():
+        with torch.no_grad(), _unseen():
+            where = self._arrangements.of(usage, index, x.detach(), n)
             if self._on_call is not None:
                 self._on_call(usage, index, x.detach())
             if self._on_input is not None:
@@ -115,15 +115,16 @@ class HooksCollector:
                     "hooks cannot tell from the backward pass: use backend='make_fx'."
                 )
             with torch.no_grad():
-                gradient = where.examples_first(gradient, n)
+                gradient = where.examples_first(gradient.reshape(shape), n)
                 shared = form.gradients(gradient, n, usage.label).unsqueeze(0)
                 assert self._on_gradient is not None
                 self._on_gradient(usage, index, shared)
 
         if self._on_gradient is None:
             return output
-        listened: Tensor = _Listen.apply(output, self._root, on_gradient)
-        return listened
+        shape, whole = output.shape, _unviewed(output)
+        listened: Tensor = _Listen.apply(whole, self._root, on_gradient)
+        return listened.reshape(shape)
 
 
 def _is_checkpointed() -> bool:
@@ -134,6 +135,17 @@ def _is_checkpointed() -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
+
+
+def _unviewed(output: Tensor) -> Tensor:
+    """Return what a tensor is a view of, if it has the same entries in the same order.
+
+    The identity in place is expensive for views: autograd cuts them out of the whole, and back.
+    """
+    whole = output._base
+    if whole is None or whole.numel() != output.numel():
+        return output
+    return whole if whole.is_contiguous() and output.is_contiguous() else output
 
 
 class _Listen(torch.autograd.Function):
@@ -171,7 +183,8 @@ class _Watch(TorchFunctionMode):
         if func is functional.multi_head_attention_forward:
             with self:  # what it calls is hidden from modes otherwise
                 return _open_attention(*args, **kwargs)
-        involved = self._involved(args, kwargs)
+        with _unseen():
+            involved = self._involved(args, kwargs)
         if not involved:
             output = func(*args, **kwargs)
             self._note_constants(output)
@@ -181,8 +194,9 @@ class _Watch(TorchFunctionMode):
             self._note_constants(output)
             return output
         hidden = _hidden()
-        call = None if hidden else read_function(func, args, kwargs)
-        usage = None if call is None else self._params.usage(call)
+        with _unseen():
+            call = None if hidden else read_function(func, args, kwargs)
+            usage = None if call is None else self._params.usage(call)
         output = func(*args, **kwargs)
         if _detaches(func):
             self._note_constants(output)
@@ -203,9 +217,10 @@ class _Watch(TorchFunctionMode):
 
     def _note_constants(self, output: Any) -> None:
         """Note the detached views among results; they are held, so that their ids stay theirs."""
-        for x in tensors_in([output]):
-            if self._params.owners(x):
-                self._constants[id(x)] = x
+        with _unseen():
+            for x in tensors_in([output]):
+                if self._params.owners(x):
+                    self._constants[id(x)] = x
 
     def _depends(self, func: Any, args: Any, result: Any) -> bool:
         """Return whether a function's result depends on parameters in a differentiable way.
@@ -220,6 +235,9 @@ class _Watch(TorchFunctionMode):
         results = [x for x in tensors_in([result]) if x.is_floating_point() or x.is_complex()]
         return not all(self._params.owners(x) for x in results)
 
+
+#: Other modes, which see all functions of the model, need not see what this one does.
+_unseen = torch._C.DisableTorchFunction
 
 # The function itself, in a copy of its module where it does not ask for modes.
 _open_attention = FunctionType(

@@ -10,14 +10,10 @@ import torch
 from torch import Tensor
 
 from curvlinops.computers._base import Key, KFACComputer, Statistic
-from curvlinops.computers.make_fx import (
-    MakeFxCollector,
-    Trace,
-    flat_function,
-    refuse_fixed,
-    signature,
-    trace_model,
-)
+from curvlinops.computers.containers import signature
+from curvlinops.computers.flat_function import flat_function
+from curvlinops.computers.make_fx import MakeFxCollector
+from curvlinops.computers.tracing import Trace, refuse_fixed, trace_model
 from curvlinops.computers.usages import Usage
 from curvlinops.kfac_utils import FisherType, KFACType, ParamGroup
 from curvlinops.risk import Batch
@@ -245,8 +241,7 @@ def make_compute_kfac_batch(
 
     Raises:
         NotImplementedError: If parameters are not in supported layers, or what the model computes
-            depends on entries of tensors in other ways than by operations. So do factors of a
-            weight that is an embedding, too.
+            depends on entries of tensors in other ways than by operations.
         ValueError: By ``fn``, for arguments of other shapes.
 
     Example:
@@ -273,11 +268,6 @@ def make_compute_kfac_batch(
         separate_weight_and_bias=separate_weight_and_bias,
         **options,
     )
-    if any(plan.tied for plan in computer.plans):
-        raise NotImplementedError(
-            "The factors of a weight that is an embedding, too, are not computed by operations "
-            "alone: use KFACLinearOperator."
-        )
 
     def compute(
         params: dict[str, Tensor], X: Any, y: Any, uniforms: Tensor | None

@@ -5,14 +5,14 @@ A statistic keeps raw sums and counts, so that batches, and later ranks, only ad
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence, Set
+from collections.abc import Hashable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvlinops.computers.plan import GroupPlan, Rows
-from curvlinops.computers.positions import Moment, Positions, widened
+from curvlinops.computers.positions import Moment, Positions, flat_rows, widened
 from curvlinops.computers.usages import Part, Usage
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.kfac_utils import KFACType
@@ -35,7 +35,7 @@ class CovarianceStatistic:
         kfac_approx: expand or reduce.
         max_factor_size: Wider factors keep their diagonal only.
         separate: Whether weight and bias are approximated separately.
-        diagonal: Names of parameters that are not approximated by factors (and may become more).
+        diagonal: Names of parameters that are not approximated by factors.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class CovarianceStatistic:
         for groups in {groups for _, _, groups in wanted}:
             width = gradient.shape[-1] // groups
             moment = self._moment(("gradient", usage, groups), width, groups)
-            moment.update(gradient.flatten(0, 2))
+            moment.update(flat_rows(gradient))
 
     def _add_norm(self, usage: Usage, index: int, gradient: Tensor) -> None:
         """Add the gradients of a normalisation layer's weight and bias ``[V, n, d]``."""
@@ -143,8 +143,9 @@ class CovarianceStatistic:
                 new = done[usages, groups] = Moment(width > self._max_factor_size, groups)
                 new.update(total.flatten(0, 1))
             new = done[usages, groups]
-            assert new.total is not None
-            self._moment(("gradient", *key), width, groups).add(new.total, new.count)
+            sums = new.symmetric()
+            assert sums is not None
+            self._moment(("gradient", *key), width, groups).add(sums, new.count)
         paired = set(self._norm_pairs.values())
         for part, rows in self._norm_gradients.items():
             names = [part.name]
@@ -181,7 +182,12 @@ class CovarianceStatistic:
 
     # ---- results ---------------------------------------------------------------------------------
     def factors(
-        self, plan: GroupPlan, scale: Tensor | float, like: Tensor, identity: bool = False
+        self,
+        plan: GroupPlan,
+        scale: Tensor | float,
+        like: Tensor,
+        identity: bool = False,
+        last: Set[Hashable] = frozenset(),
     ) -> list[tuple[Factor, Factor | None]]:
         """Return the gradient and input factor (if any) of each block of a group.
 
@@ -190,27 +196,45 @@ class CovarianceStatistic:
             scale: The scale c of the loss, for the gradient factors.
             like: A tensor of the factors' dtype and device.
             identity: Whether gradient factors are identities.
+            last: Keys of moments that no other group needs: they become the factors.
         """
         blocks = []
         for rows in plan.blocks:
             groups = plan.format.groups if "W" in plan.group else 1
             width = (rows[1] - rows[0]) // groups if len(plan.blocks) > 1 else plan.d_out // groups
-            gradients = self._gradient_moments(plan, rows)
+            gradients, keep = self._moments_of(self._gradient_keys(plan, rows), last)
             B = self._identity(width, groups, like) if identity else None
-            B = self._factors(gradients, scale, width, groups, like) if B is None else B
+            B = self._factors(gradients, scale, width, groups, like, keep) if B is None else B
             if not plan.d_in:
                 blocks += [(b, None) for b in B]
                 continue
-            moments = self._input_moments(plan, rows, plan.usages)
+            moments, keep = self._moments_of(self._input_keys(plan, rows), last)
             count = sum(moment.count for moment in moments)
-            A = self._factors(moments, 1 / max(count, 1), plan.d_in, groups, like)
+            A = self._factors(moments, 1 / max(count, 1), plan.d_in, groups, like, keep)
             blocks += list(zip(B, A, strict=True))
         if plan.tied:
-            blocks = [self._tie(plan, *blocks[0], scale, like, identity)]
+            blocks = [self._tie(plan, *blocks[0], scale, like, identity, last)]
         return blocks
 
-    def _gradient_moments(self, plan: GroupPlan, rows: Rows) -> list[Moment]:
-        """Return the moments of the output gradients of a block."""
+    def last_uses(self, plans: Iterable[GroupPlan]) -> dict[Key, set[Hashable]]:
+        """Return which of :attr:`moments` each of the groups, in this order, needs last."""
+        last = {key: plan.key for plan in plans for key in self._keys(plan)}
+        result: dict[Key, set[Hashable]] = {}
+        for key, plan_key in last.items():
+            result.setdefault(plan_key, set()).add(key)
+        return result
+
+    def _keys(self, plan: GroupPlan) -> list[Hashable]:
+        """Return the keys of the moments that the factors of a group depend on."""
+        keys = [
+            key
+            for rows in plan.blocks
+            for key in (*self._gradient_keys(plan, rows), *self._input_keys(plan, rows))
+        ]
+        return [*keys, *self._keys(self._as_embedding(plan))] if plan.tied else keys
+
+    def _gradient_keys(self, plan: GroupPlan, rows: Rows) -> list[Hashable]:
+        """Return the keys of the moments of the output gradients of a block."""
         if plan.format.is_norm:
             keys: list[Hashable] = [("norm", *plan.key)]
             if plan.joint:  # where there was no bias
@@ -224,17 +248,29 @@ class CovarianceStatistic:
                 keys = [("gradient", role, plan.format.is_embedding, part) for part in parts]
             else:
                 keys = [("gradient", usage, groups) for usage in usages]
-        return [self.moments[key] for key in keys if key in self.moments]
+        return keys
 
-    def _input_moments(self, plan: GroupPlan, rows: Rows, usages: Sequence[Usage]) -> list[Moment]:
-        """Return the moments of the inputs of a block."""
-        used = [u for u in usages if rows == u.rows("W")]
+    def _input_keys(self, plan: GroupPlan, rows: Rows) -> list[Hashable]:
+        """Return the keys of the moments of the inputs of a block."""
+        if not plan.d_in:
+            return []
+        used = [u for u in plan.usages if rows == u.rows("W")]
         if self._reduce:
             parts = dict.fromkeys((u.format.is_embedding, u.format.groups, u.weight) for u in used)
             keys: list[Hashable] = [("input", *part) for part in parts]
         else:
             keys = [("input", usage) for usage in used]
-        return [self.moments[key] for key in keys if key in self.moments]
+        return keys
+
+    def _moments_of(
+        self, keys: Sequence[Hashable], last: Set[Hashable]
+    ) -> tuple[list[Moment], bool]:
+        """Return the moments of keys, of which some may have got none, and whether to keep them."""
+        known = [key for key in keys if key in self.moments]
+        moments = [self.moments[key] for key in known]
+        for key in last & set(known):
+            del self.moments[key]
+        return moments, not set(known) <= last
 
     def _tie(
         self,
@@ -244,17 +280,28 @@ class CovarianceStatistic:
         scale: Tensor | float,
         like: Tensor,
         identity: bool,
+        last: Set[Hashable],
     ) -> tuple[Factor, Factor]:
         """Return the Kronecker product nearest to the sum of a Linear's and an embedding's."""
-        size, d = self._shapes[plan.group["W"]]
-        embedding = _embedding_plan(plan, d, size)
-        ((gradient, tokens),) = self.factors(embedding, scale, like, identity)
+        size, _ = self._shapes[plan.group["W"]]
+        embedding = self._as_embedding(plan)
+        ((gradient, tokens),) = self.factors(embedding, scale, like, identity, last)
         assert tokens is not None
         if plan.joint:  # the bias is the Linear's alone
             gradient = _padded(gradient)
         wide = size > self._max_factor_size
         tall = plan.d_in > self._max_factor_size
-        return nearest_kronecker([(B, A), (tokens, gradient)], keep_diagonal=(wide, tall))
+        # Moments are semi-definite, and factors that are not finite are refused by name later.
+        return nearest_kronecker(
+            [(B, A), (tokens, gradient)], keep_diagonal=(wide, tall), check_values=False
+        )
+
+    def _as_embedding(self, plan: GroupPlan) -> GroupPlan:
+        """Return the plan of a tied weight as an embedding ``[V, d]`` alone."""
+        name = plan.group["W"]
+        size, d = self._shapes[name]
+        form = plan.tied[0].format
+        return GroupPlan({"W": name}, plan.tied, (), form, ((0, d),), d, size, None)
 
     def _identity(self, width: int, groups: int, like: Tensor) -> list[Factor]:
         """Return identities in place of gradient factors."""
@@ -269,6 +316,7 @@ class CovarianceStatistic:
         width: int,
         groups: int,
         like: Tensor,
+        keep: bool,
     ) -> list[Factor]:
         """Return the scaled sum of moments as a Kronecker factor for each group.
 
@@ -276,19 +324,15 @@ class CovarianceStatistic:
         the layer was never called, and the factors are zero.
         """
         diagonal = width > self._max_factor_size or any(m.diagonal for m in moments)
-        total = like.new_zeros([groups, width] if diagonal else [groups, width, width])
         sums = [_aligned(moment, width, groups, diagonal) for moment in moments]
-        if sums:
+        if len(sums) == 1 and not keep and not diagonal:
+            total = sums[0].mul_(scale)  # two copies may be more than all else that is held
+        elif sums:
             total = (torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]) * scale
+        else:
+            total = like.new_zeros([groups, width] if diagonal else [groups, width, width])
         total = total.to(like.dtype)
         return [DiagonalLinearOperator([t]) if diagonal else t for t in total]
-
-
-def _embedding_plan(plan: GroupPlan, d: int, size: int) -> GroupPlan:
-    """Return the plan of a tied weight as an embedding ``[V, d]`` alone."""
-    name = plan.group["W"]
-    form = plan.tied[0].format
-    return GroupPlan({"W": name}, plan.tied, (), form, ((0, d),), d, size, None)
 
 
 def _padded(factor: Factor) -> Factor:
@@ -301,7 +345,7 @@ def _padded(factor: Factor) -> Factor:
 
 def _aligned(moment: Moment, width: int, groups: int, diagonal: bool) -> Tensor:
     """Return a moment's sum as ``[groups, width(, width)]``."""
-    total = moment.total
+    total = moment.symmetric()
     assert total is not None
     if diagonal and not moment.diagonal:
         total = total.diagonal(dim1=-2, dim2=-1)

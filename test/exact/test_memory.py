@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import gc
-import itertools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cost_models import PROBLEMS, gradient, operator, vectors
+from memory_meter import peak_memory
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from curvlinops import GGNLinearOperator, HessianLinearOperator
 
@@ -25,31 +21,9 @@ MIB = 2**20
 # The meter
 # --------------------------------------------------------------------------------------------------
 @pytest.fixture
-def peak(tmp_path: Path) -> Meter:
-    """Return the function that measures.
-
-    It returns the most bytes of memory on the CPU that a call holds at a time, above what was there
-    before: its result included, and what kernels need in between. The profiler reports what the
-    allocator does; the libraries of kernels have some memory of their own, which nobody reports.
-    """
-
-    def measure(function: Callable[[], Any]) -> int:
-        path = tmp_path / "trace.json"
-        gc.collect()
-        gc.disable()  # garbage in cycles counts: when it would be collected is a matter of luck
-        try:
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-                result = function()
-            del result
-        finally:
-            gc.enable()
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-        events = [event for event in events if event["name"] == "[memory]"]
-        events.sort(key=lambda event: (event["ts"], event["args"]["Ev Idx"]))
-        return max(itertools.accumulate(event["args"]["Bytes"] for event in events), default=0)
-
-    return measure
+def peak() -> Meter:
+    """Return the function that measures."""
+    return peak_memory
 
 
 def test_meter_knows_a_chain_of_allocations(peak: Meter):

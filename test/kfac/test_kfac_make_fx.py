@@ -21,12 +21,16 @@ from curvlinops.computers.ekfac_make_fx import (
     MakeFxEKFACComputer,
     make_compute_ekfac_eigencorrection_batch,
 )
+from curvlinops.computers.flat_function import flat_function
 from curvlinops.computers.kfac_hooks import HooksKFACComputer
 from curvlinops.computers.kfac_make_fx import MakeFxKFACComputer, make_compute_kfac_batch
-from curvlinops.computers.make_fx import trace_model
+from curvlinops.computers.tracing import trace_model
 
-# PyTorch's own remark about an even kernel with padding "same"
-pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+# PyTorch's own remarks about an even kernel with padding "same", and about its compiler
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.torch._prims_common.check:FutureWarning"),
+]
 
 SEED = 2147483647
 FISHER_TYPES = [
@@ -645,51 +649,148 @@ def test_parameters_elsewhere() -> None:
         make_compute_kfac_batch(model, problem.loss, params, *problem.data[0])
 
 
-def test_tied_embedding() -> None:
-    problem = layer_setup("head")
-    with pytest.raises(NotImplementedError, match="embedding"):
-        make_compute_kfac_batch(problem.model, problem.loss, problem.params, *problem.data[0])
+TIED_CASES = [  # with 5 tokens and 3 features
+    ("head", "expand", True, 4),
+    ("head", "reduce", False, 8192),
+    ("head-bias", "expand", False, 8192),
+    ("head-bias", "reduce", True, 4),
+    ("head-padding", "expand", False, 2),
+]
+
+
+def tied_problem(name: str, approx: str, separate: bool, size: int) -> tuple[Setup, Any]:
+    """Return a batch for a model whose head has the weight of its embedding, and options."""
+    problem = layer_setup(name)
+    problem.data = problem.data[:1]
+    return problem, {
+        "fisher_type": "type-2",
+        "loss_terms": "exact",
+        "kfac_approx": approx,
+        "separate_weight_and_bias": separate,
+        "max_factor_size": size,
+    }
+
+
+@pytest.mark.parametrize(("name", "approx", "separate", "size"), TIED_CASES)
+def test_batch_of_tied_embedding(name: str, approx: str, separate: bool, size: int) -> None:
+    """The nearest Kronecker product is one of these data, whatever it was traced with."""
+    problem, options = tied_problem(name, approx, separate, size)
+    K = KFACLinearOperator(**problem.kwargs(**options))
+    fn, mapping = make_compute_kfac_batch(
+        problem.model, problem.loss, *other_batch(problem), **options
+    )
+    inputs, gradients = fn(problem.params, *problem.data[0])
+    assert mapping == K.mapping
+    expected = [K.factors(key[0]) for key in gradients]
+    assert_equal(gradients, {key: B for key, (B, *_) in zip(gradients, expected, strict=True)})
+    with_inputs = zip(gradients, expected, strict=True)
+    assert_equal(inputs, {key: A[0] for key, (_, *A) in with_inputs if A})
+    tied = next(key for key in gradients if key[0].endswith("table.weight"))
+    assert isinstance(gradients[tied], DiagonalLinearOperator) == (size < 5)
+
+
+@pytest.mark.parametrize("case", [TIED_CASES[0], TIED_CASES[2]], ids=lambda case: case[0])
+def test_batch_eigenvalues_of_tied_embedding(case: tuple[str, str, bool, int]) -> None:
+    problem, options = tied_problem(*case)
+    expected = HooksEKFACComputer(**problem.kwargs(**options)).compute()
+    fn, _ = make_compute_ekfac_eigencorrection_batch(
+        problem.model, problem.loss, *other_batch(problem), **options
+    )
+    assert_equal(fn(problem.params, *problem.data[0], *expected[:2]), expected[2])
+
+
+def test_tied_embedding_traced_without_factors() -> None:
+    """At zero parameters all terms of the sum vanish; elsewhere they do not, and vice versa."""
+    problem, options = tied_problem(*TIED_CASES[1])
+    zeros = {name: torch.zeros_like(p) for name, p in problem.params.items()}
+    arguments = (problem.model, problem.loss)
+    for traced, used in ((zeros, problem.params), (problem.params, zeros)):
+        fn, _ = make_compute_kfac_batch(*arguments, traced, *problem.data[0], **options)
+        problem.params = used
+        inputs, gradients, _ = HooksKFACComputer(**problem.kwargs(**options)).compute()
+        tied = next(key for key in inputs if key[0].endswith("table.weight"))
+        assert bool(inputs[tied].any()) == (used is not zeros)
+        for actual, expected in zip(fn(used, *problem.data[0]), (inputs, gradients), strict=True):
+            assert_equal(actual, expected)
+
+
+def test_layouts_of_a_batch() -> None:
+    """The arguments' strides may be other ones than those of the trace."""
+    torch.manual_seed(4)
+    params = {"W": torch.randn(2, 6, dtype=torch.float64)}
+    X, y = torch.rand(4, 2, 3, dtype=torch.float64), torch.arange(4) % 2
+    model = lambda p, X: F.linear(X.flatten(1), p["W"])  # noqa: E731
+    fn, _ = make_compute_kfac_batch(model, nn.CrossEntropyLoss(), params, X, y, "type-2")
+    expected = fn(params, X, y)
+    X, params = X.mT.contiguous().mT, {"W": params["W"].T.contiguous().T}
+    for actual, wanted in zip(fn(params, X, y), expected, strict=True):
+        assert_equal(actual, wanted)
+
+
+def test_views_that_are_changed() -> None:
+    """What is changed in place through a view is changed; in another layout there is an error."""
+
+    def function(x: Tensor) -> Tensor:
+        result = x.clone()
+        result.view(-1)[:2] += 1
+        return result
+
+    x = torch.rand(2, 3)
+    call = flat_function(function, ["x"], [torch.rand(2, 3)])
+    assert torch.equal(call(x), function(x))
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        call(x.T.contiguous().T)
 
 
 # ---- compiled ------------------------------------------------------------------------------------
-def check_compiled(case: tuple[str, int, str, bool], backend: str) -> None:
-    """Compare compiled functions with those that are not."""
-    problem, options = batch_problem(*case)
-    arguments = (problem.params, *problem.data[0])
-    uniforms = uniforms_of(problem, options)
-    fn, _ = covariance_function(problem, options)
+def check_compiled(
+    problem: Setup, options: Any, uniforms: tuple[Tensor | None, ...], backend: str
+) -> None:
+    """Compare compiled functions of a batch with those that are not, and with the operators'."""
+    made_with = (problem.model, problem.loss, *other_batch(problem))
+    arguments, further = (problem.params, *problem.data[0]), {**options}
+    further["batch_size_fn"] = problem.batch_size_fn
     torch.compiler.reset()
+    fn, _ = make_compute_kfac_batch(*made_with, **further)
     compiled = torch.compile(fn, fullgraph=True, backend=backend)
-    for actual, expected in zip(
-        compiled(*arguments, uniforms), fn(*arguments, uniforms), strict=True
-    ):
-        assert_equal(actual, expected)
-    compiled(*arguments)  # draws the numbers itself
+    expected = HooksKFACComputer(**problem.kwargs(**options)).compute()
+    for actual, wanted in zip(compiled(*arguments, uniforms[0]), expected, strict=False):
+        assert_equal(actual, wanted)
+    if uniforms[0] is not None and backend != "inductor":  # compiles again, which takes long
+        compiled(*arguments)  # draws the numbers itself
     if options["fisher_type"] == "forward-only":
         return
-    bases = HooksEKFACComputer(**problem.kwargs(**options)).compute()[:2]
-    fn, _ = make_compute_ekfac_eigencorrection_batch(
-        problem.model,
-        problem.loss,
-        *other_batch(problem),
-        **options,
-        batch_size_fn=problem.batch_size_fn,
-    )
+    *bases, expected, _ = HooksEKFACComputer(**problem.kwargs(**options)).compute()
+    fn, _ = make_compute_ekfac_eigencorrection_batch(*made_with, **further)
     compiled = torch.compile(fn, fullgraph=True, backend=backend)
-    expected = fn(*arguments, *bases, uniforms)
-    assert_equal(compiled(*arguments, *bases, uniforms), expected)
+    assert_equal(compiled(*arguments, *bases, uniforms[1]), expected)
+
+
+def check_batch_case(case: tuple[str, int, str, bool], backend: str) -> None:
+    problem, options = batch_problem(*case)
+    purposes = ("signs", "eigenvalue-signs")
+    uniforms = tuple(uniforms_of(problem, options, purpose) for purpose in purposes)
+    check_compiled(problem, options, uniforms, backend)
 
 
 @pytest.mark.parametrize("case", [BATCH_CASES[i] for i in (0, 2, 5)], ids=lambda case: case[0])
 def test_compiled(case: tuple[str, int, str, bool]) -> None:
-    check_compiled(case, "aot_eager")
+    check_batch_case(case, "aot_eager")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", BATCH_CASES, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_more(case: tuple[str, int, str, bool], backend: str) -> None:
-    check_compiled(case, backend)
+    check_batch_case(case, backend)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_tied_embedding(backend: str) -> None:
+    problem, options = tied_problem("head-bias", "expand", True, 4)
+    # alone, for the sake of time
+    problem.params = {n: p for n, p in problem.params.items() if n.endswith("table.weight")}
+    check_compiled(problem, options, (None, None), backend)
 
 
 def test_compiled_diagonal() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import warnings
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,17 +23,22 @@ from layer_reference import (
     without_coupling,
 )
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from curvlinops import (
     BlockDiagonalLinearOperator,
     DiagonalLinearOperator,
+    EKFACLinearOperator,
     KFACLinearOperator,
     KFOCLinearOperator,
 )
 from curvlinops._random import RandomSource
-from curvlinops.computers import kfoc as module
-from curvlinops.computers.kfoc import SingularVectorSearch
+from curvlinops.computers import group_statistic, kfac_make_fx, kfoc, products
 from curvlinops.computers.kfoc_hooks import HooksKFOCComputer
+from curvlinops.computers.kfoc_make_fx import MakeFxKFOCComputer
+from curvlinops.computers.singular_vectors import SingularVectorSearch, positive_part
 from curvlinops.risk import loss_entry
 
 # PyTorch's own remark about an even kernel with padding "same"
@@ -134,15 +142,34 @@ def test_never_further_than_kfac(name: str, joint: bool) -> None:
 def test_both_ways_to_multiply(name: str, gram: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of few examples at once, or products between positions; also in small chunks."""
     joint = LAYER_CASES[name].joint[-1]
-    monkeypatch.setattr(module, "_between_positions", lambda *sizes: gram)
+    monkeypatch.setattr(products, "_between_positions", lambda *sizes: gram)
     for entries in (1, 2**22):
-        monkeypatch.setattr(module, "_ENTRIES", entries)
+        monkeypatch.setattr(group_statistic, "_ENTRIES", entries)
         K = build(layer_setup(name), joint, loss_terms="signs", kfac_approx="reduce")
         for group in K.mapping:
             first = next(iter(group.values()))
             expected = built(name, joint).block(first).to_dense()
             error = (K.block(first).to_dense() - expected).norm()
             assert error <= 2e-8 * expected.norm()
+
+
+@pytest.mark.parametrize("name", ["conv2d-groups", "self-attention", "head-bias", "tied-one"])
+def test_eigenvalues_in_small_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What EKFAC and KFOC share."""
+    joint = LAYER_CASES[name].joint[-1]
+    expected = build(layer_setup(name), joint, EKFACLinearOperator).to_dense()
+    monkeypatch.setattr(group_statistic, "_ENTRIES", 1)
+    actual = build(layer_setup(name), joint, EKFACLinearOperator).to_dense()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12 * expected.norm().item())
+
+
+def test_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example once, and as many at once as there may be."""
+    monkeypatch.setattr(group_statistic, "_ENTRIES", 12)
+    for n, entries, most in [(7, 4, 3), (6, 4, 3), (3, 5, 2), (2, 13, 1), (4, 0, 4), (1, 1, 1)]:
+        parts = [list(range(n)[part]) for part in group_statistic.chunks(n, entries)]
+        assert sum(parts, []) == list(range(n))  # noqa: RUF017
+        assert max(map(len, parts)) == most
 
 
 def given_samples(problem: Setup, num_samples: int, seed: int) -> list[list[Tensor]]:
@@ -167,9 +194,10 @@ def test_given_samples(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp-norms", "self-attention", "embedding-twice", "head-bias"])
-@pytest.mark.parametrize("size", [1, 4])
-def test_wide_factors(name: str, size: int) -> None:
+@pytest.mark.parametrize(("size", "gram"), [(1, False), (3, True), (3, False), (4, True)])
+def test_wide_factors(name: str, size: int, gram: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The nearest product with diagonal factors is that to what such products can see."""
+    monkeypatch.setattr(products, "_between_positions", lambda *sizes: gram)
     problem = layer_setup(name)
     K = build(problem, False, max_factor_size=size)
     for block in reference_blocks(problem, False, "type-2", "expand"):
@@ -214,6 +242,230 @@ def test_exact(name: str, joint: bool) -> None:
         exact = without_coupling(block, exact_block(problem, block.group, "type-2"))
         actual = built(name, joint).block(next(iter(block.group.values()))).to_dense()
         assert (actual - exact).norm() <= 1e-10 * exact.norm()
+
+
+# ---- the other backend ---------------------------------------------------------------------------
+def flat(factors: Any) -> list[Tensor]:
+    """Return the matrices in nested lists."""
+    if isinstance(factors, list):
+        return [matrix for entry in factors for matrix in flat(entry)]
+    return [dense(factors)]
+
+
+def assert_same(actual: KFOCLinearOperator, expected: KFOCLinearOperator) -> None:
+    """Compare all factors, and blocks."""
+    assert actual.mapping == expected.mapping
+    for group in expected.mapping:
+        name = next(iter(group.values()))
+        pairs = list(zip(flat(actual.factors(name)), flat(expected.factors(name)), strict=True))
+        pairs.append((actual.block(name).to_dense(), expected.block(name).to_dense()))
+        for ours, theirs in pairs:
+            assert ours.shape == theirs.shape
+            assert (ours - theirs).norm() <= 1e-10 * theirs.norm()
+
+
+@each_case
+def test_make_fx(name: str, joint: bool) -> None:
+    assert_same(build(layer_setup(name), joint, backend="make_fx"), built(name, joint))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["mlp-norms", "transposed2d", "embedding-lengths", "self-attention", "tied-one", "head-twice"],
+)
+def test_make_fx_with_samples(name: str) -> None:
+    """Also where examples have several loss terms, and diagonal factors."""
+    options = {"fisher_type": "mc", "mc_samples": 2, "max_factor_size": 5}
+    joint = LAYER_CASES[name].joint[-1]
+    traced, hooks = (
+        build(layer_setup(name), joint, backend=backend, **options)
+        for backend in ("make_fx", "hooks")
+    )
+    assert_same(traced, hooks)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_plain_function(joint: bool) -> None:
+    """A function that shares a weight, once without the bias; and the same as a module."""
+
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.W, self.c, self.V = (
+                nn.Parameter(torch.rand(shape, generator=generator, dtype=torch.float64))
+                for shape in [(3, 3), (3,), (2, 3)]
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return function(dict(self.named_parameters()), x)
+
+    def function(params: dict[str, Tensor], x: Tensor) -> Tensor:
+        h = torch.tanh(F.linear(x, params["W"], params["c"]))
+        return torch.tanh(h @ params["W"].T) @ params["V"].T
+
+    generator = torch.Generator().manual_seed(0)
+    module = Module()
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    data = [(torch.rand(n, 3).double(), torch.arange(n) % 2) for n in (3, 2)]
+    options: dict[str, Any] = {"fisher_type": "type-2", "separate_weight_and_bias": not joint}
+    with pytest.raises(ValueError, match="make_fx"):
+        KFOCLinearOperator(function, nn.CrossEntropyLoss(), params, data, **options)
+    actual, expected = (
+        KFOCLinearOperator(model, nn.CrossEntropyLoss(), params, data, backend=backend, **options)
+        for model, backend in ((function, "make_fx"), (module, "hooks"))
+    )
+    assert_same(actual, expected)
+    exact: Any = 0
+    for x in torch.cat([X for X, _ in data]):
+        f = function(params, x)
+        J = torch.func.jacrev(function)(params, x)
+        columns = torch.cat([J["W"], J["c"].unsqueeze(-1)], dim=-1)[..., : 3 + joint].flatten(1)
+        p = f.softmax(0)
+        exact = exact + columns.T @ (p.diag() - p.outer(p)) @ columns / 5
+    B, A = nearest_kronecker(exact, 3, 3 + joint)
+    torch.testing.assert_close(actual.block("W").to_dense(), torch.kron(B, A), rtol=0, atol=1e-8)
+
+
+# ---- costs ---------------------------------------------------------------------------------------
+class CountedData:
+    """Counts passes."""
+
+    def __init__(self, batches: list[Any]):
+        self.batches = batches
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.passes += 1
+        yield from self.batches
+
+
+COMPUTERS = [HooksKFOCComputer, MakeFxKFOCComputer]
+
+
+@pytest.mark.parametrize("cls", COMPUTERS)
+def test_passes(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One to look at the model, and one for each half of an iteration; traces are used again."""
+    traces = []
+    right = kfac_make_fx.trace_model
+
+    def trace_model(*arguments: Any) -> Any:
+        traces.append(arguments)
+        return right(*arguments)
+
+    monkeypatch.setattr(kfac_make_fx, "trace_model", trace_model)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    data = CountedData([(torch.rand(n, 3).double(), torch.rand(n, 2).double()) for n in (3, 3, 2)])
+    computer = cls(
+        model, nn.MSELoss(), dict(model.named_parameters()), data, check_deterministic=False,
+        num_data=8,
+    )  # fmt: skip
+    assert data.passes == 0
+    for _ in range(2):
+        computer.compute()
+        assert computer.num_passes > 2
+        assert data.passes == 1 + computer.num_passes
+        data.passes = 0
+    # a single example, and both shapes of batches
+    assert len(traces) == (3 if cls is MakeFxKFOCComputer else 0)
+
+
+@pytest.mark.parametrize("cls", COMPUTERS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_pass_without_products(cls: Any, bias: bool) -> None:
+    """Biases need one, and diagonal blocks none but that of the GGN's diagonal."""
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight * 2, self.bias)
+
+    model = Scaled(3, 2, bias=bias).double()
+    data = CountedData([(torch.rand(n, 3).double(), torch.rand(n, 2).double()) for n in (3, 2)])
+    options = {"unsupported": "diagonal", "check_deterministic": False, "num_data": 5}
+    computer = cls(model, nn.MSELoss(), dict(model.named_parameters()), data, **options)
+    _, factors, _ = computer.compute()
+    assert computer.num_passes == bias
+    assert data.passes == 2 + bias
+    assert isinstance(factors["weight",], DiagonalLinearOperator)
+
+
+def num_flops(function: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("fisher_type", ["type-2", "mc"])
+def test_flops(fisher_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of the inputs serve all vectors, and those of the gradients are summed first."""
+    pairs = list(itertools.pairwise((9, 8, 7, 5)))
+    model = nn.Sequential(*(nn.Linear(*pair, bias=False) for pair in pairs))
+    rows, batches = 16, 2
+    data = [(torch.rand(rows, 9), torch.rand(rows, 5)) for _ in range(batches)]
+    options = {"fisher_type": fisher_type, "check_deterministic": False, "num_data": 32}
+    # rounding errors decide whether there is something to do
+    monkeypatch.setattr(kfoc, "positive_part", lambda matrix: matrix)
+    computer = HooksKFOCComputer(
+        model, nn.MSELoss(), dict(model.named_parameters()), data, max_iter=1, **options
+    )
+    with pytest.warns(UserWarning, match="not converged"):
+        count = num_flops(computer.compute)
+    forward = sum(i * o for i, o in pairs)
+    backward = sum(i * o for i, o in pairs[1:])
+    inputs = sum(i**2 + i for i, _ in pairs)
+    outputs = sum(o**2 + o for _, o in pairs)
+    vectors = 5 if fisher_type == "type-2" else 1
+    each = forward + inputs + vectors * (backward + outputs)
+    look = forward * (rows * batches + 1)  # also at a single example
+    assert count == 2 * (look + 2 * rows * batches * each)
+
+
+@pytest.mark.parametrize("positions", [1, 3, 40])
+def test_cheapest_way(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(6, 4, bias=False)
+    data = [(torch.rand(2, positions, 6), torch.rand(2, positions, 4))]
+    options = {"check_deterministic": False, "max_iter": 1, "tol": 0.999}
+    arguments = (model, nn.MSELoss(), dict(model.named_parameters()), data)
+
+    def flops() -> int:
+        return num_flops(lambda: KFOCLinearOperator(*arguments, **options))
+
+    chosen = flops()
+    counts = []
+    for gram in (False, True):
+        monkeypatch.setattr(products, "_between_positions", lambda *sizes, gram=gram: gram)
+        counts.append(flops())
+    assert chosen == min(counts) < max(counts)
+
+
+class Largest(TorchDispatchMode):
+    """Sees how many entries the largest result with more than two axes has, in float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # random numbers are made in float64
+        if isinstance(result, Tensor) and result.dtype == torch.float32 and result.ndim > 2:
+            # of the memory: a view may be expanded
+            self.entries = max(self.entries, result.untyped_storage().nbytes() // 4)
+        return result
+
+
+@pytest.mark.parametrize("gram", [False, True])
+def test_memory(gram: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients ``[o, i]`` of 4 examples at once, or products ``[S, S]`` of 2."""
+    (o, i), S, n = (16, 8) if not gram else (2, 2), 2 if not gram else 16, 8
+    monkeypatch.setattr(group_statistic, "_ENTRIES", 512)
+    monkeypatch.setattr(products, "_between_positions", lambda *sizes: gram)
+    model = nn.Linear(i, o, bias=False)
+    data = [(torch.rand(n, S, i), torch.rand(n, S, o))]
+    options = {"check_deterministic": False, "num_data": n}
+    computer = HooksKFOCComputer(model, nn.MSELoss(), {"weight": model.weight}, data, **options)
+    with Largest() as largest:
+        computer.compute()
+    assert largest.entries == 512
 
 
 # ---- special blocks ------------------------------------------------------------------------------
@@ -263,6 +515,75 @@ def test_degenerate_singular_value(size: int) -> None:
     torch.testing.assert_close(torch.kron(B, A), 2 / size * torch.kron(identity, identity))
     least = (torch.kron(*nearest_kronecker(exact, size, size)) - exact).norm()
     torch.testing.assert_close((torch.kron(B, A) - exact).norm(), least)
+
+
+class Quadratic(nn.Module):
+    """Has gradients x xᵀ."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.a = nn.Linear(size, size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.a(x) * x).sum(-1, keepdim=True)
+
+
+def test_start_from_the_identity() -> None:
+    """Which is the limit, for gradients q qᵀ of an orthonormal basis; other starts have others."""
+    torch.manual_seed(0)
+    Q = torch.linalg.qr(torch.rand(3, 3, dtype=torch.float64)).Q
+    model, data = Quadratic(3).double(), [(Q, torch.zeros(3, 1, dtype=torch.float64))]
+    K = KFOCLinearOperator(
+        model, nn.MSELoss(reduction="sum"), {"a.weight": model.a.weight}, data,
+        fisher_type="type-2",
+    )  # fmt: skip
+    expected = torch.eye(9, dtype=torch.float64) * 2 / 3
+    torch.testing.assert_close(K.block("a.weight").to_dense(), expected)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_norm_called_twice(joint: bool) -> None:
+    """The block of a normalisation layer is that of the gradients of both calls."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.lin = nn.LayerNorm(3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(torch.tanh(self.lin(self.norm(x))))
+
+    torch.manual_seed(0)
+    model = Model().double()
+    X = torch.rand(5, 3, dtype=torch.float64)
+    params = {name: p.detach() for name, p in model.named_parameters() if "norm" in name}
+    data = [(X[:3], torch.tensor([0, 1, 2])), (X[3:], torch.tensor([1, 0]))]
+    K = KFOCLinearOperator(
+        model, nn.CrossEntropyLoss(), params, data, fisher_type="type-2",
+        separate_weight_and_bias=not joint,
+    )  # fmt: skip
+    exact: Any = 0
+    for x in X:
+        f, J = (
+            torch.func.functional_call(model, params, x),
+            torch.func.jacrev(lambda p, x=x: torch.func.functional_call(model, p, x))(params),
+        )
+        columns, p = torch.cat(list(J.values()), dim=1), f.softmax(0)
+        exact = exact + columns.T @ (p.diag() - p.outer(p)) @ columns / 5
+    if joint:
+        torch.testing.assert_close(K.block("norm.weight").to_dense(), exact)
+    else:
+        torch.testing.assert_close(K.block("norm.weight").to_dense(), exact[:3, :3])
+        torch.testing.assert_close(K.block("norm.bias").to_dense(), exact[3:, 3:])
+
+
+def test_factors_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are, though what there is to clip is mostly rounding errors."""
+    X, y = torch.rand(4, 3), torch.rand(4, 2)
+    B, A = linear(X, y).factors("weight")
+    monkeypatch.setattr(kfoc, "positive_part", lambda matrix: 2 * matrix)
+    for doubled, factor in zip(linear(X, y).factors("weight"), (B, A), strict=True):
+        torch.testing.assert_close(doubled, 2 * factor)
 
 
 def search(matrix: Tensor, tol: float = 1e-9, limit: int = 500) -> tuple[SingularVectorSearch, int]:
@@ -318,9 +639,9 @@ def test_clipping() -> None:
     """The positive semi-definite part, of what was stopped too early."""
     Q = torch.linalg.qr(torch.rand(3, 3, dtype=torch.float64)).Q
     values = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64)
-    clipped = module._clipped(Q @ values.diag() @ Q.T)
+    clipped = positive_part(Q @ values.diag() @ Q.T)
     torch.testing.assert_close(clipped, Q @ values.clamp(min=0).diag() @ Q.T)
-    assert module._clipped(values).equal(values.clamp(min=0))
+    assert positive_part(values).equal(values.clamp(min=0))
 
 
 def test_rounding_errors_end_the_search() -> None:
@@ -427,6 +748,25 @@ def test_layer_first_called_in_a_later_pass() -> None:
         )
 
 
+def test_unsupported_use_in_a_later_pass() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.scale, self.calls = nn.Linear(2, 2), nn.Parameter(torch.ones(2)), 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            return self.a(x) if self.calls < 4 else self.a(x) * self.scale
+
+    model = Model()
+    data = [(torch.rand(2, 2), torch.rand(2, 2))]
+    with pytest.raises(RuntimeError, match="have changed between two passes"):
+        KFOCLinearOperator(
+            model, nn.MSELoss(), dict(model.named_parameters()), data, check_deterministic=False,
+            unsupported="diagonal",
+        )  # fmt: skip
+
+
 def test_computer() -> None:
     problem = setup("tied-one", "ce")
     options = {"fisher_type": "mc", "mc_samples": 2, "separate_weight_and_bias": False}
@@ -460,6 +800,68 @@ def test_unsupported_parameters_get_their_diagonal() -> None:
     torch.testing.assert_close(K.block("scale").to_dense(), L.block("scale").to_dense())
     with pytest.raises(NotImplementedError, match="not in supported layers"):
         KFOCLinearOperator(*arguments)
+
+
+@pytest.mark.parametrize("cls", [EKFACLinearOperator, KFOCLinearOperator])
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+def test_layer_whose_weight_is_used_elsewhere(cls: Any, backend: str) -> None:
+    """Its calls do not count, and other blocks are as if it was a constant."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3, bias=False), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.tanh(self.a(x)) + self.a.weight.sum())
+
+    torch.manual_seed(0)
+    model = Model().double()
+    data = [(torch.rand(n, 3).double(), torch.rand(n, 2).double()) for n in (3, 2)]
+    params = dict(model.named_parameters())
+    options = {"fisher_type": "type-2", "unsupported": "diagonal", "backend": backend}
+    K = cls(model, nn.MSELoss(), params, data, **options)
+    others = {name: p for name, p in params.items() if name != "a.weight"}
+    expected = cls(model, nn.MSELoss(), others, data, **options)
+    for name in others:
+        assert torch.equal(K.block(name).to_dense(), expected.block(name).to_dense())
+    exact = exact_block(Setup(model, nn.MSELoss(), params, data), {"W": "a.weight"}, "type-2")
+    torch.testing.assert_close(K.block("a.weight").to_dense(), exact.diagonal().diag())
+
+
+def test_signature() -> None:
+    """KFAC's arguments with their defaults, and two more by name; nothing else is swallowed."""
+    ours, theirs = (
+        dict(inspect.signature(cls).parameters) for cls in (KFOCLinearOperator, KFACLinearOperator)
+    )
+    further = [ours.pop("max_iter"), ours.pop("tol")]
+    assert list(ours.values()) == list(theirs.values())
+    assert {p.kind for p in further} == {inspect.Parameter.KEYWORD_ONLY}
+    with pytest.raises(TypeError, match=r"KFOC.*unexpected keyword argument 'max_iters'"):
+        build(layer_setup("mlp-norms"), False, max_iters=3)
+    positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    num = sum(p.kind is positional for p in ours.values())
+    with pytest.raises(TypeError, match=r"KFOC.*positional arguments"):
+        KFOCLinearOperator(*[None] * (num + 1))
+
+
+def test_arguments_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each argument arrives at the computer under its own name."""
+
+    class Computer(HooksKFOCComputer):
+        def __init__(self, *args: Any, **kwargs: Any):
+            names = list(inspect.signature(KFACLinearOperator).parameters)
+            given.update(zip(names, args, strict=False))
+            given.update(kwargs)
+            raise InterruptedError
+
+    monkeypatch.setitem(KFOCLinearOperator._BACKENDS, "given", Computer)
+    given: dict[str, Any] = {}
+    names = [name for name in inspect.signature(KFACLinearOperator).parameters if name != "backend"]
+    wanted = {name: object() for name in names}
+    with pytest.raises(InterruptedError):
+        KFOCLinearOperator(**wanted, backend="given")
+    assert given == wanted
 
 
 @pytest.mark.parametrize("name", ["conv2d-groups", "gpt"])
