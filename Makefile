@@ -18,7 +18,7 @@ RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 
 # Libraries that the benchmark compares with, each in an environment of its own, named after it.
-PEERS := $(addprefix build/peers/,curvlinops-for-pytorch hessian-eigenthings)
+PEERS := $(addprefix build/peers/,backpack-for-pytorch curvlinops-for-pytorch hessian-eigenthings)
 
 export PYTHON TORCH
 .DEFAULT_GOAL := help
@@ -47,9 +47,9 @@ format: $(VENV)/installed  ## Repair style and format where a tool can
 	$(RUN) -m ruff format .
 
 # A peer that cannot be had is an empty cell in the tables, not an error.
-bench: $(VENV)/installed  ## Time products, and compare with other libraries
+bench: $(VENV)/installed  ## Time products and constructors, and compare with other libraries
 	-$(MAKE) --no-print-directory --keep-going $(PEERS)
-	$(RUN) docs_src/benchmarks/products.py --peers build/peers $(ARGS)
+	$(RUN) docs_src/benchmarks/bench.py --peers build/peers $(ARGS)
 
 # The package (editable) and its tools, anew when pyproject.toml changes. PyTorch is there already,
 # and the constraint keeps pip from replacing it.

@@ -132,6 +132,18 @@ class Problem(NamedTuple):
         """The number of parameters."""
         return sum(p.numel() for p in self.model.parameters())
 
+    @property
+    def matrices(self) -> dict[str, nn.Parameter]:
+        """The parameters of linear layers and convolutions, which all kinds of KFAC have."""
+        layers = {m for m in self.model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+        owned = {id(p) for layer in layers for p in layer.parameters(recurse=False)}
+        return {name: p for name, p in self.model.named_parameters() if id(p) in owned}
+
+    @property
+    def terms_per_example(self) -> int:
+        """The number of loss terms per example: of tokens, or 1."""
+        return self.data[0][1][0].numel()
+
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {"MLP": mlp, "CNN": cnn, "decoder": decoder}
 
