@@ -9,10 +9,23 @@ from curvlinops.dense import TensorLinearOperator
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator
 from curvlinops.ekfac import EKFACLinearOperator
+from curvlinops.estimators import (
+    hutchinson_diag,
+    hutchinson_squared_fro,
+    hutchinson_trace,
+    hutchpp_trace,
+    xdiag,
+    xtrace,
+)
 from curvlinops.ggn import GGNLinearOperator
 from curvlinops.ggn_diagonal import GGNDiagonalLinearOperator
 from curvlinops.gradient_moments import EFLinearOperator, PerExampleGradientLinearOperator
 from curvlinops.hessian import HessianLinearOperator
+from curvlinops.inverse import (
+    CGInverseLinearOperator,
+    LSMRInverseLinearOperator,
+    NeumannInverseLinearOperator,
+)
 from curvlinops.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
 from curvlinops.kfac import KFACLinearOperator
 from curvlinops.kfac_utils import (
@@ -25,11 +38,12 @@ from curvlinops.kfoc import KFOCLinearOperator
 from curvlinops.kronecker import KroneckerProductLinearOperator
 from curvlinops.outer import OuterProductLinearOperator
 from curvlinops.risk.losses import register_loss
-from curvlinops.solvers import cg
+from curvlinops.solvers import cg, lsmr, minres
 from curvlinops.submatrix import SubmatrixLinearOperator
 
 __all__ = [
     "BlockDiagonalLinearOperator",
+    "CGInverseLinearOperator",
     "CurvatureLinearOperator",
     "DiagonalLinearOperator",
     "EFLinearOperator",
@@ -46,7 +60,9 @@ __all__ = [
     "KFACType",
     "KFOCLinearOperator",
     "KroneckerProductLinearOperator",
+    "LSMRInverseLinearOperator",
     "LayerType",
+    "NeumannInverseLinearOperator",
     "OuterProductLinearOperator",
     "PerExampleGradientLinearOperator",
     "PyTorchLinearOperator",
@@ -55,7 +71,15 @@ __all__ = [
     "ToCanonicalLinearOperator",
     "TransposedJacobianLinearOperator",
     "cg",
+    "hutchinson_diag",
+    "hutchinson_squared_fro",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "lsmr",
+    "minres",
     "record_gradients",
     "register_layer",
     "register_loss",
+    "xdiag",
+    "xtrace",
 ]

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Size, Tensor
 
+from curvlinops._damping import Damping, one_damping
 from curvlinops._formats import Columns, as_shapes, describe, from_columns, numel, to_columns
 from curvlinops._rules import apply_batched, combine
 from curvlinops._saving import compact, is_saveable, reduce_operator
-from curvlinops._scalars import Scalar, as_scalar
+from curvlinops._scalars import Scalar, as_integer, as_scalar
 from curvlinops._scipy import to_scipy
+from curvlinops._tensors import NotHermitianError
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -33,18 +35,21 @@ STRATEGIES = {
 products are damped; every other operator adds ``damping * I`` exactly."""
 
 _HINTS = {
-    "trace": "estimate it from products, e.g. by Hutchinson's estimator (the mean of v @ A @ v "
-    "over random signs v)",
-    "diagonal": "estimate it from products, e.g. the mean of v * (A @ v) over random signs v",
-    "frobenius_norm": "estimate its square by the mean of ||A @ v||² over random signs v",
-    "slogdet": "use stochastic Lanczos quadrature on A.to_scipy(), or A.to_dense().slogdet() if "
-    "A is small",
-    "inverse": "solve with curvlinops.cg(A, b), or with SciPy's solvers on A.to_scipy()",
-    "eigh": "use scipy.sparse.linalg.eigsh on A.to_scipy() for some eigenpairs, or A.to_dense() "
-    "if A is small",
+    "trace": "estimate it with curvlinops.xtrace, hutchpp_trace or hutchinson_trace",
+    "diagonal": "estimate it with curvlinops.xdiag or hutchinson_diag",
+    "frobenius_norm": "estimate its square with curvlinops.hutchinson_squared_fro",
+    "slogdet": "estimate the log-determinant by stochastic Lanczos quadrature "
+    "(curvlinops.estimators), or use A.to_dense().slogdet() if A is small",
+    "inverse": "solve with curvlinops.cg or minres, or wrap A in CGInverseLinearOperator",
+    "eigh": "use curvlinops.eigsh for some eigenpairs, or A.to_dense() if A is small",
     "power": "apply scipy.sparse.linalg.expm_multiply or a Lanczos method on A.to_scipy(), or "
     "use A.to_dense() if A is small",
+    "pinv": "solve least-squares problems with curvlinops.lsmr, or use "
+    "torch.linalg.pinv(A.to_dense()) if A is small",
+    "sample": "sample with a structured approximation of A, or with "
+    "TensorLinearOperator(A.to_dense()) if A is small",
 }
+_OF_RECTANGLES = ("frobenius_norm", "pinv")
 
 
 class RectangularError(ValueError, RuntimeError):
@@ -426,16 +431,41 @@ class PyTorchLinearOperator:
             return logabsdet + torch.where(sign == 0, torch.ones_like(sign), sign).log()
         return torch.where(sign < 0, torch.full_like(logabsdet, torch.nan), logabsdet)
 
-    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> PyTorchLinearOperator:
+    def inverse(self, damping: Damping = 0.0, **strategy: Any) -> PyTorchLinearOperator:
         """Return ``(A + damping * I)⁻¹``, where it has a closed form.
 
         Args:
-            damping: Multiple of the identity to add.
+            damping: Multiple of the identity to add. For an operator with blocks (one that is block
+                diagonal, or P B Pᵀ with such a B), it may differ from block to block:
+
+                - a number or 0-d tensor: the same for every block;
+                - a function of the block, an operator: for instance ``lambda block: 1e-3 *
+                  block.trace() / block.shape[0]``. It is called with each innermost block;
+                - a sequence with one of these for each block. A block that is block diagonal itself
+                  (a weight with channel groups) hands its value to all of its blocks;
+                - a dict with a number for each parameter's name, where the operator knows which
+                  parameters a block belongs to, as :class:`~curvlinops.KFACLinearOperator` and its
+                  multiples, shifts and inverses do. A block of several parameters takes the value
+                  of any of them.
+
+                An operator without blocks is its own single block.
             **strategy: How Kronecker products are damped, see
                 :meth:`~curvlinops.KroneckerProductLinearOperator.inverse`.
+
+        Raises:
+            ValueError: If the damping is no number, or NaN; or there are not as many values as
+                blocks, or names are unknown, missing, or of one block with different values.
+            RuntimeError: If the damped operator has no inverse.
         """
         check_strategy(strategy)
         raise self._missing("inverse")
+
+    def _resolve_damping(self, damping: Damping) -> Any:
+        """Return a damping with functions evaluated: a number, or a list with one for each block.
+
+        What it returns is a damping as well, and resolves to itself.
+        """
+        return one_damping(damping, self)
 
     def eigh(self) -> PyTorchLinearOperator:
         """Return the same Hermitian operator in eigendecomposed form, where it has one.
@@ -457,6 +487,131 @@ class PyTorchLinearOperator:
         """Return the principal square root of a positive semi-definite operator."""
         return self.power(0.5)
 
+    def inverse_sqrt(self) -> PyTorchLinearOperator:
+        """Return ``A^(-1/2)``, the inverse of the principal square root, of a positive definite A.
+
+        Raises:
+            ValueError: If the operator is indefinite, or singular: has an eigenvalue 0, or one that
+                is only a rounding error where a dense matrix or Kronecker factor is decomposed.
+                Eigenvalues in eigendecomposed form are taken for exact.
+        """
+        return self.power(-0.5)
+
+    def pinv(self, rtol: float | None = None) -> PyTorchLinearOperator:
+        """Return the Moore-Penrose inverse, also of rectangular operators, where it is exact.
+
+        Args:
+            rtol: Singular values up to this multiple of the largest one count as zero. They are
+                compared within each matrix that is decomposed: a dense matrix, each factor of a
+                Kronecker product, each block of a block-diagonal operator; or all eigenvalues of an
+                eigendecomposed operator, all entries of a diagonal one. Default: that of
+                ``torch.linalg.pinv``, the larger dimension of the (largest) matrix that is
+                decomposed times the machine epsilon, which is float32's for half precision.
+                Nothing is decomposed for diagonal operators; the dimension is then 1.
+
+        Raises:
+            ValueError: If the cutoff is not between 0 and 1, or a matrix has non-finite entries.
+
+        Example:
+            >>> import torch
+            >>> from curvlinops import KroneckerProductLinearOperator
+            >>> A = KroneckerProductLinearOperator(torch.ones(2, 2), torch.eye(3, 2))
+            >>> A.pinv()
+            <4×6 operator Kron(2×2 ⊗ 2×3)>
+            >>> torch.allclose((A @ A.pinv() @ A).to_dense(), A.to_dense(), atol=1e-6)
+            True
+        """
+        if self._IS_PERMUTATION:
+            return self.adjoint()
+        if self.shape[0] != self.shape[1]:
+            raise self._missing("pinv")
+        try:
+            decomposed = self.eigh()
+        except (NotImplementedError, NotHermitianError) as error:
+            raise self._missing("pinv") from error
+        if decomposed is self:
+            raise self._missing("pinv")
+        return decomposed.pinv(rtol)
+
+    def sample(
+        self,
+        num_samples: int = 1,
+        *,
+        generator: torch.Generator | None = None,
+        inverse: bool = False,
+    ) -> Tensor:
+        r"""Draw vectors from the normal distribution :math:`\mathcal{N}(0, A)`, or of precision A.
+
+        With a standard normal :math:`z` of the space these are :math:`A^{1/2} z`, or
+        :math:`A^{-1/2} z` for ``inverse=True``, whose covariance is :math:`A^{-1}`. That is the
+        inner loop of a Laplace approximation: with a Kronecker-factored curvature K and a prior
+        precision δ, samples of the posterior around the trained parameters are those of
+        ``(K + delta * K**0).sample(inverse=True)``.
+
+        Each call computes the root. To draw repeatedly, keep it: ``S = A.inverse_sqrt()``, and
+        multiply it with normal vectors in any format; a list of tensors in the shape of the
+        parameters gives such a list (see the example). ``D = A.eigh()`` serves several closed forms
+        with one decomposition, for instance ``D.logdet()`` and ``D.sample()``.
+
+        Complex vectors are circular: real and imaginary parts of :math:`z` are independent and have
+        variance 1/2, so that :math:`E[z z^*] = I` and :math:`E[z z^\top] = 0`.
+
+        Args:
+            num_samples: The number of vectors.
+            generator: Source of the random numbers, which are
+                ``torch.randn(D, num_samples, generator=generator)`` in the operator's dtype and on
+                its device. Default: PyTorch's global one.
+            inverse: Whether the covariance is the inverse of A.
+
+        Returns:
+            The vectors as columns ``[D, num_samples]``, flat.
+
+        Raises:
+            ValueError: If A is not positive semi-definite, for ``inverse=True`` not definite.
+            NotImplementedError: If A has no square root in closed form.
+
+        Example:
+            >>> import torch
+            >>> from curvlinops import KroneckerProductLinearOperator
+            >>> A = KroneckerProductLinearOperator(torch.eye(2), 4 * torch.eye(3))
+            >>> generator = torch.Generator().manual_seed(0)
+            >>> A.sample(5, generator=generator).shape
+            torch.Size([6, 5])
+            >>> S = (A + 0.1 * A**0).inverse_sqrt()
+            >>> parameters = [torch.zeros(6)]
+            >>> draws = [S @ [torch.randn_like(p) for p in parameters] for _ in range(3)]
+        """
+        num_samples = as_integer("num_samples", num_samples, least=1)
+        self._check_square("sample")
+        try:
+            root = self.inverse_sqrt() if inverse else self.sqrt()
+            root._check_real_spectrum()  # those of complex eigenvalues may not be Hermitian
+        except NotImplementedError as error:
+            raise self._missing("sample") from error
+        except ValueError as error:
+            covariance = "A⁻¹" if inverse else "A"
+            raise ValueError(
+                f"Cannot sample from N(0, {covariance}) with A = {self!r}: {error}"
+            ) from error
+        device = self.device
+        if device is None and generator is not None:
+            device = generator.device
+        z = torch.randn(
+            self.shape[1], num_samples, generator=generator, dtype=self.dtype, device=device
+        )
+        result: Tensor = root @ z
+        return result
+
+    def _check_real_spectrum(self) -> None:
+        """Raise if an operator in a form that has eigenvalues (a power) is not Hermitian."""
+
+        def check(item: Any) -> Any:
+            if isinstance(item, PyTorchLinearOperator):
+                item._check_real_spectrum()
+            return item
+
+        map_state(self._state(), check)
+
     def _with_shift(self, shift: Scalar) -> PyTorchLinearOperator:
         """Return ``A + shift * I`` in a form that has closed forms: by default eigendecomposed."""
         return self.eigh() + shift * combine("identity", self)
@@ -468,7 +623,7 @@ class PyTorchLinearOperator:
     def _missing(self, form: str) -> Exception:
         """Return the error for a closed form that the operator lacks."""
         rows, columns = self.shape
-        if rows != columns and form != "frobenius_norm":
+        if rows != columns and form not in _OF_RECTANGLES:
             return RectangularError(
                 f"{form} needs a square matrix, but {self!r} is {rows} × {columns}."
             )

@@ -99,7 +99,8 @@ def inverse(
     """
     damped = add_to_diagonal(widened(matrix), damping)
     # rounding is that of the dtype before widening
-    hermitian = is_hermitian(matrix) and not isinstance(_number(damping), complex)
+    symmetric = is_hermitian(matrix) and not isinstance(_number(damping), complex)
+    hermitian = symmetric
     result = _try_inverse(damped, hermitian)
     if result is None and hermitian and not definite:
         hermitian = False
@@ -118,6 +119,8 @@ def inverse(
             f"Cannot invert {name}: with damping {_number(damping)} it is {reason}. "
             "Increase the damping."
         )
+    if symmetric:  # but for rounding errors, which grow with the condition number
+        result = (result + result.mH) / 2
     return result.to(matrix.dtype)
 
 
@@ -137,12 +140,13 @@ def _try_inverse(matrix: Tensor, hermitian: bool) -> Tensor | None:
     return result if result is not None and bool(result.isfinite().all()) else None
 
 
-def eigh(matrix: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
+def eigh(matrix: Tensor, *, name: str, keep_wide: bool = False) -> tuple[Tensor, Tensor]:
     """Return eigenvalues ``[d]`` and eigenvectors ``[d, d]`` of a Hermitian matrix.
 
     Args:
         matrix: Hermitian matrix ``[d, d]``.
         name: What the matrix is, for warnings and errors.
+        keep_wide: Whether to return them in the dtype in which they were computed.
 
     Returns:
         Ascending eigenvalues and the orthonormal eigenvectors as columns, in the matrix's dtype.
@@ -167,30 +171,112 @@ def eigh(matrix: Tensor, *, name: str) -> tuple[Tensor, Tensor]:
             stacklevel=2,
         )
         values, vectors = torch.linalg.eigh(matrix.to(double))
+    if keep_wide:
+        return values, vectors
     real = matrix.real.dtype if matrix.is_complex() else matrix.dtype
     return values.to(real), vectors.to(matrix.dtype)
 
 
-def real_power(values: Tensor, exponent: float, *, name: str) -> Tensor:
+def negligible(values: Tensor, size: int) -> float | Tensor:
+    """Return how far from zero rounding can bring eigenvalues that are zero.
+
+    Args:
+        values: All eigenvalues, real.
+        size: Rows of the largest matrix that was decomposed for them; 1 if there was none.
+    """
+    if not values.numel():
+        return 0.0
+    rounding, computing = torch.finfo(values.dtype).eps, torch.finfo(widened(values).dtype).eps
+    return (4 * rounding + 10 * size * computing) * values.abs().max()
+
+
+def real_power(
+    values: Tensor, exponent: float, *, name: str, size: int = 1, computed: bool = False
+) -> Tensor:
     """Return eigenvalues raised to a real power; rounding below zero counts as zero.
+
+    Args:
+        values: Eigenvalues, real or complex.
+        exponent: The power.
+        name: What has these eigenvalues, for errors.
+        size: Rows of the largest matrix that was decomposed for them; 1 if there was none.
+        computed: Whether they come straight from the decomposition of one matrix. Then also those
+            that are only rounding errors of the largest one count as zero in negative powers.
+
+    Returns:
+        The powers, in the shape of the eigenvalues.
 
     Raises:
         ValueError: If the power is not defined: a non-integer power of a negative eigenvalue,
             or a negative power of zero.
     """
-    if values.is_complex():
-        return values**exponent
-    if exponent != int(exponent):
-        threshold = 10 * values.numel() * torch.finfo(values.dtype).eps * values.abs().max()
-        if bool((values < -threshold).any()):
+    if not values.is_complex() and exponent != int(exponent):
+        if bool((values < -negligible(values, size)).any()):
             raise ValueError(
                 f"The power {exponent} of {name} is not real: its smallest eigenvalue is "
                 f"{values.min().item():.3e}. Add a multiple of the identity."
             )
         values = values.clamp(min=0)
-    if exponent < 0 and bool((values == 0).any()):
-        raise ValueError(
-            f"The power {exponent} of {name} does not exist: it is singular. "
-            "Add a multiple of the identity."
-        )
+    if exponent < 0 and values.numel():
+        magnitudes = values.abs()
+        # what LAPACK's eigenvalues of a singular matrix are at most
+        rounding = size**0.5 * torch.finfo(widened(magnitudes).dtype).eps if computed else 0.0
+        if bool((magnitudes <= rounding * magnitudes.max()).any()):
+            raise ValueError(
+                f"The power {exponent} of {name} does not exist: it is singular. "
+                "Add a multiple of the identity."
+            )
     return values**exponent
+
+
+def recompose(values: Tensor, vectors: Tensor) -> Tensor:
+    """Return ``Q diag(λ) Qᴴ``, exactly Hermitian for real eigenvalues ``[d]``."""
+    product = (vectors * values) @ vectors.mH
+    return product if values.is_complex() else (product + product.mH) / 2
+
+
+def relative_cutoff(rtol: float | None, size: int, dtype: torch.dtype) -> float:
+    """Return the cutoff of a pseudo-inverse, relative to the largest singular value.
+
+    Args:
+        rtol: What the user gave.
+        size: Rows or columns, whichever are more, of the matrix that is decomposed; 1 for none.
+        dtype: The dtype of the matrix.
+
+    Raises:
+        ValueError: If the cutoff is not between 0 and 1.
+    """
+    if rtol is None:
+        return max(size, 1) * torch.finfo(_WIDER.get(dtype, dtype)).eps
+    if not 0 <= rtol <= 1:
+        raise ValueError(f"rtol must be between 0 and 1, got {rtol}.")
+    return float(rtol)
+
+
+def reciprocals(values: Tensor, cutoff: float | Tensor) -> Tensor:
+    """Return ``1 / λ``, and 0 for those of magnitude up to a cutoff."""
+    large = values.abs() > cutoff
+    return torch.where(large, 1 / torch.where(large, values, 1), 0)
+
+
+def pinv(matrix: Tensor, rtol: float | None, *, name: str) -> Tensor:
+    """Return the Moore-Penrose inverse ``[n, m]`` of a matrix ``[m, n]``.
+
+    Args:
+        matrix: The matrix.
+        rtol: Singular values up to this multiple of the largest one count as zero. Default:
+            ``max(m, n)`` times the machine epsilon of the dtype in which they are computed.
+        name: What the matrix is, for errors.
+
+    Raises:
+        ValueError: If the matrix is not finite, or the cutoff makes no sense.
+    """
+    cutoff = relative_cutoff(rtol, max(matrix.shape), matrix.dtype)
+    wide = widened(matrix)
+    if not bool(wide.isfinite().all()):
+        raise ValueError(f"Cannot invert {name}: it has non-finite entries.")
+    if not is_hermitian(matrix):
+        return torch.linalg.pinv(wide, rtol=cutoff).to(matrix.dtype)
+    values, vectors = eigh(matrix, name=name, keep_wide=True)
+    largest = values.abs().max() if values.numel() else 0.0
+    return recompose(reciprocals(values, cutoff * largest), vectors).to(matrix.dtype)

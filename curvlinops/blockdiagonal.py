@@ -9,6 +9,7 @@ import torch
 from torch import Size, Tensor
 
 from curvlinops._algebra import identity_like
+from curvlinops._damping import Damping, block_dampings
 from curvlinops._formats import Columns, concatenate, numel, split_flat
 from curvlinops._operator import (
     PyTorchLinearOperator,
@@ -176,18 +177,37 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
         signs, logs = zip(*(block.slogdet() for block in self._blocks), strict=True)
         return torch.stack(signs).prod(), torch.stack(logs).sum()
 
-    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> BlockDiagonalLinearOperator:
+    def inverse(self, damping: Damping = 0.0, **strategy: Any) -> BlockDiagonalLinearOperator:
         """Return the operator of the blocks' damped inverses.
 
         Args:
-            damping: The damping of every block.
+            damping: The damping of every block: one for all, a function of the block, or a sequence
+                with one for each; see :meth:`PyTorchLinearOperator.inverse`.
             **strategy: How blocks that are Kronecker products are damped, see
                 :meth:`~curvlinops.KroneckerProductLinearOperator.inverse`. Other blocks get
                 ``+ damping * I`` whatever the strategy.
+
+        Example:
+            >>> import torch
+            >>> from curvlinops import BlockDiagonalLinearOperator, DiagonalLinearOperator
+            >>> blocks = [DiagonalLinearOperator([torch.full((2,), v)]) for v in (1.0, 3.0)]
+            >>> B = BlockDiagonalLinearOperator(blocks)
+            >>> B.inverse([1.0, 5.0]).diagonal()
+            tensor([0.5000, 0.5000, 0.1250, 0.1250])
+            >>> B.inverse(lambda block: block.trace() / block.shape[0]).diagonal()
+            tensor([0.5000, 0.5000, 0.1667, 0.1667])
         """
         check_strategy(strategy)
         self._check_square_blocks("inverse")
-        return self._blockwise(lambda block: block.inverse(damping, **strategy))
+        dampings = self._resolve_damping(damping)
+        pairs = zip(self._blocks, dampings, strict=True)
+        return BlockDiagonalLinearOperator(
+            [block.inverse(value, **strategy) for block, value in pairs], self._flat
+        )
+
+    def _resolve_damping(self, damping: Damping) -> list[Any]:
+        pairs = zip(self._blocks, block_dampings(damping, len(self), self), strict=True)
+        return [block._resolve_damping(value) for block, value in pairs]
 
     def eigh(self) -> BlockDiagonalLinearOperator:
         """Return the operator of the blocks in eigendecomposed form."""
@@ -198,6 +218,10 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
         """Return the operator of the blocks' powers."""
         self._check_square_blocks("power")
         return self._blockwise(lambda block: block.power(exponent))
+
+    def pinv(self, rtol: float | None = None) -> BlockDiagonalLinearOperator:
+        """Return the operator of the blocks' Moore-Penrose inverses."""
+        return self._blockwise(lambda block: block.pinv(rtol))
 
     def _entrywise_squares(self) -> BlockDiagonalLinearOperator:
         return self._blockwise(lambda block: block._entrywise_squares())

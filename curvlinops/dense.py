@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvlinops import _tensors
+from curvlinops._damping import Damping
 from curvlinops._formats import Columns
 from curvlinops._operator import PyTorchLinearOperator, check_strategy
 from curvlinops._rules import batched, combine
@@ -73,11 +74,11 @@ class TensorLinearOperator(PyTorchLinearOperator):
         real = self.matrix.real.dtype if self.matrix.is_complex() else self.matrix.dtype
         return sign.to(self.matrix.dtype), logabsdet.to(real)
 
-    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> TensorLinearOperator:
+    def inverse(self, damping: Damping = 0.0, **strategy: Any) -> TensorLinearOperator:
         """Return the dense ``(A + damping * I)⁻¹``: by Cholesky if that exists, else by LU.
 
         Args:
-            damping: Multiple of the identity to add.
+            damping: Multiple of the identity to add, or a function of the operator that returns it.
             **strategy: ``retry_double_precision`` as for Kronecker products; the other keywords
                 make no difference here.
 
@@ -88,8 +89,9 @@ class TensorLinearOperator(PyTorchLinearOperator):
         self._check_square("inverse")
         retry = strategy.get("retry_double_precision", True)
         name = f"the dense {self.shape[0]} × {self.shape[1]} operator"
+        shift = self._resolve_damping(damping)
         inverse = _tensors.inverse(
-            self.matrix, damping, name=name, retry_double_precision=retry, definite=False
+            self.matrix, shift, name=name, retry_double_precision=retry, definite=False
         )
         return TensorLinearOperator(inverse)
 
@@ -97,6 +99,19 @@ class TensorLinearOperator(PyTorchLinearOperator):
         """Return the Hermitian matrix in eigendecomposed form."""
         self._check_square("eigh")
         return combine("eigh", self)
+
+    def power(self, exponent: float) -> PyTorchLinearOperator:
+        """Return a power of the Hermitian matrix in eigendecomposed form."""
+        self._check_square("power")
+        decomposed: Any = self.eigh()
+        power = _tensors.real_power(
+            decomposed.eigenvalues, exponent, name=repr(self), size=self.shape[0], computed=True
+        )
+        return decomposed._with(power)
+
+    def pinv(self, rtol: float | None = None) -> TensorLinearOperator:
+        """Return the dense Moore-Penrose inverse."""
+        return TensorLinearOperator(_tensors.pinv(self.matrix, rtol, name=repr(self)))
 
     def _with_shift(self, shift: Scalar) -> PyTorchLinearOperator:
         return TensorLinearOperator(_tensors.add_to_diagonal(self.matrix, shift))

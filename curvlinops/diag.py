@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvlinops import _tensors
+from curvlinops._damping import Damping
 from curvlinops._formats import Columns
 from curvlinops._operator import PyTorchLinearOperator, check_strategy
 from curvlinops._rules import batched, rule
@@ -100,17 +101,18 @@ class DiagonalLinearOperator(PyTorchLinearOperator):
         diagonal = self.diagonal()
         return diagonal.sgn().prod(), diagonal.abs().log().sum()
 
-    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> DiagonalLinearOperator:
+    def inverse(self, damping: Damping = 0.0, **strategy: Any) -> DiagonalLinearOperator:
         """Return ``(D + damping * I)⁻¹``.
 
         Raises:
             RuntimeError: If an entry plus damping is zero.
         """
         check_strategy(strategy)
-        shifted = [d + damping for d in self._entries]
+        shift = self._resolve_damping(damping)
+        shifted = [d + shift for d in self._entries]
         if any(bool((d == 0).any()) for d in shifted):
             raise RuntimeError(
-                f"Cannot invert {self!r}: with damping {damping} it has zeros on its diagonal. "
+                f"Cannot invert {self!r}: with damping {shift} it has zeros on its diagonal. "
                 "Increase the damping."
             )
         return DiagonalLinearOperator([1 / d for d in shifted], self._names)
@@ -125,6 +127,16 @@ class DiagonalLinearOperator(PyTorchLinearOperator):
         """Return the entry-wise power."""
         power = [_tensors.real_power(d, exponent, name=repr(self)) for d in self._entries]
         return DiagonalLinearOperator(power, self._names)
+
+    def pinv(self, rtol: float | None = None) -> DiagonalLinearOperator:
+        """Return the diagonal operator of the reciprocals, 0 for entries that count as zero."""
+        cutoff = _tensors.relative_cutoff(rtol, 1, self._entries[0].dtype)
+        largest = torch.linalg.vector_norm(self.diagonal(), ord=torch.inf) if self.shape[0] else 0.0
+        inverse = [_tensors.reciprocals(d, cutoff * largest) for d in self._entries]
+        return DiagonalLinearOperator(inverse, self._names)
+
+    def _check_real_spectrum(self) -> None:
+        self.eigh()
 
     def _entrywise_squares(self) -> DiagonalLinearOperator:
         return DiagonalLinearOperator([d.abs() ** 2 for d in self._entries], self._names)

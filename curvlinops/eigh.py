@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from curvlinops import _tensors
+from curvlinops._damping import Damping
 from curvlinops._formats import Columns, concatenate, split_flat
 from curvlinops._operator import PyTorchLinearOperator, check_strategy, matmat_each
 from curvlinops._rules import batched, operation, rule
@@ -149,17 +150,18 @@ class EighDecomposedLinearOperator(PyTorchLinearOperator):
         values = self._eigenvalues
         return self._in_own_dtype(values.sgn().prod()), values.abs().log().sum()
 
-    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> EighDecomposedLinearOperator:
+    def inverse(self, damping: Damping = 0.0, **strategy: Any) -> EighDecomposedLinearOperator:
         """Return ``Q diag(1 / (λ + damping)) Qᴴ``.
 
         Raises:
             RuntimeError: If an eigenvalue plus damping is zero.
         """
         check_strategy(strategy)
-        shifted = self._eigenvalues + damping
+        shift = self._resolve_damping(damping)
+        shifted = self._eigenvalues + shift
         if bool((shifted == 0).any()):
             raise RuntimeError(
-                f"Cannot invert {self!r}: with damping {damping} it has eigenvalues 0. "
+                f"Cannot invert {self!r}: with damping {shift} it has eigenvalues 0. "
                 "Increase the damping."
             )
         return self._with(1 / shifted)
@@ -170,10 +172,34 @@ class EighDecomposedLinearOperator(PyTorchLinearOperator):
 
     def power(self, exponent: float) -> EighDecomposedLinearOperator:
         """Return ``Q diag(λᵖ) Qᴴ``."""
-        return self._with(_tensors.real_power(self._eigenvalues, exponent, name=repr(self)))
+        size = _largest_matrix(self.eigenvectors)
+        power = _tensors.real_power(self._eigenvalues, exponent, name=repr(self), size=size)
+        return self._with(power)
+
+    def pinv(self, rtol: float | None = None) -> EighDecomposedLinearOperator:
+        """Return ``Q diag(λ⁺) Qᴴ``: reciprocal eigenvalues, 0 for those that count as zero."""
+        values = self._eigenvalues
+        cutoff = _tensors.relative_cutoff(rtol, _largest_matrix(self.eigenvectors), values.dtype)
+        largest = values.abs().max() if values.numel() else 0.0
+        return self._with(_tensors.reciprocals(values, cutoff * largest))
+
+    def _check_real_spectrum(self) -> None:
+        if self._eigenvalues.is_complex() and not _tensors.is_real(self._eigenvalues):
+            raise _tensors.NotHermitianError(f"{self!r} has complex eigenvalues.")
 
     def _formula(self) -> str:
         return f"Eigh({self._basis._formula()})"
+
+
+def _largest_matrix(item: Any) -> int:
+    """Return the number of rows of the largest matrix in an operator, 1 if there is none."""
+    if isinstance(item, Tensor):
+        return item.shape[0] if item.ndim == 2 else 1
+    if isinstance(item, PyTorchLinearOperator):
+        item = item._state()
+    if isinstance(item, dict):
+        item = list(item.values())
+    return max(map(_largest_matrix, item), default=1) if type(item) in (list, tuple) else 1
 
 
 @rule("scale", EighDecomposedLinearOperator, object)

@@ -50,7 +50,12 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
 
     Factors are computed once, in the constructor, in one pass over the data. ``P, B, PT = K``
     unpacks the chain. All closed forms (``trace``, ``det``, ``logdet``, ``frobenius_norm``,
-    ``diagonal``, ``inverse``, ``eigh``, ``power``, ...) are those of the small factors.
+    ``diagonal``, ``inverse``, ``pinv``, ``eigh``, ``power``, ``sqrt``, ``inverse_sqrt``,
+    ``sample``) are those of the small factors. So are those of multiples, shifts by δI and inverses
+    of K: ``(K + delta * K**0).sample(10, inverse=True)`` draws from the Gaussian of a Laplace
+    approximation, see :meth:`PyTorchLinearOperator.sample`. The damping of ``inverse`` may differ
+    from block to block: it is a number, a function of the block, a sequence, or a dict keyed by
+    parameter name, see :meth:`PyTorchLinearOperator.inverse`.
 
     The arguments up to ``check_deterministic``, ``num_data`` and ``batch_size_fn`` are those of
     :class:`~curvlinops.CurvatureLinearOperator`.
@@ -89,6 +94,11 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         >>> K = KFACLinearOperator(model, nn.CrossEntropyLoss(), params, data)
         >>> gradient = [torch.rand_like(p) for p in params.values()]
         >>> natural_gradient = K.inverse(damping=1e-2, use_heuristic_damping=True) @ gradient
+        >>> relative = K.inverse(lambda block: 1e-3 + 1e-3 * block.trace() / block.shape[0])
+        >>> S = (K + 1e-2 * K**0).inverse_sqrt()
+        >>> noise = S @ [torch.randn_like(p) for p in params.values()]
+        >>> [x.shape for x in noise] == [p.shape for p in params.values()]
+        True
     """
 
     _BACKENDS: ClassVar[dict[str, type[KFACComputer]]] = {

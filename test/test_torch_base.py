@@ -380,12 +380,13 @@ def test_repr(make: Any, text: str) -> None:
 # Closed forms that are missing
 # --------------------------------------------------------------------------------------------------
 FORMS = ["trace", "det", "logdet", "slogdet", "diagonal", "inverse", "eigh", "sqrt"]
+FORMS += ["inverse_sqrt", "sample"]
 
 
 @pytest.mark.parametrize("form", [*FORMS, "frobenius_norm"])
 def test_missing_closed_form_names_a_remedy(form: str) -> None:
     """The error names the operator and what to use instead."""
-    words = "estimate|solve|eigsh|Lanczos|expm_multiply"
+    words = "estimate|solve|eigsh|Lanczos|expm_multiply|to_dense"
     with pytest.raises(NotImplementedError, match=f"operator Flip>.*closed form.*({words})"):
         getattr(Flip([(3,)], [(3,)]), form)()
     with pytest.raises(NotImplementedError, match=r"operator Flip>.*closed form of power"):

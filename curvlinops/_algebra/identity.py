@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops._damping import Damping
 from curvlinops._formats import Columns
 from curvlinops._operator import PyTorchLinearOperator, check_strategy, like
 from curvlinops._rules import operation
@@ -88,10 +89,11 @@ class IdentityLinearOperator(PyTorchLinearOperator):
         ones = self._ones()
         return ones.prod(), ones.abs().log().sum()
 
-    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> PyTorchLinearOperator:
+    def inverse(self, damping: Damping = 0.0, **strategy: Any) -> PyTorchLinearOperator:
         """Return ``(1 + damping)⁻¹ I``."""
         check_strategy(strategy)
-        return self if is_number(damping, 0) else self / nonzero(1 + damping, self, damping)
+        value = self._resolve_damping(damping)
+        return self if is_number(value, 0) else self / nonzero(1 + value, self, value)
 
     def eigh(self) -> PyTorchLinearOperator:
         """Return itself: the identity is diagonal in every basis."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import reduce
 from itertools import pairwise
+from operator import matmul
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from curvlinops._algebra.identity import IdentityLinearOperator, is_number
 from curvlinops._algebra.scaling import ScaledLinearOperator, keeps_dtype, unscale
 from curvlinops._algebra.sums import add_shift
+from curvlinops._damping import Damping, named_dampings
 from curvlinops._formats import Columns, describe
 from curvlinops._operator import (
     PyTorchLinearOperator,
@@ -140,17 +143,27 @@ class _ChainPyTorchLinearOperator(PyTorchLinearOperator):
         signs, logs = zip(*(op.slogdet() for op in self._operators), strict=True)
         return torch.stack(signs).prod(), torch.stack(logs).sum()
 
-    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> PyTorchLinearOperator:
+    def inverse(self, damping: Damping = 0.0, **strategy: Any) -> PyTorchLinearOperator:
         """Return P (B + δI)⁻¹ P⁻¹; without damping also the inverse of square operators."""
-        inner = self._inner()
+        inner, resolved = self._inner(), self._resolve_damping(damping)
         if inner is not None:
-            return self._wrap(inner.inverse(damping, **strategy))
+            return self._wrap(inner.inverse(resolved, **strategy))
         check_strategy(strategy)
         self._check_square("inverse")
         self._check_square_factors("inverse")
-        if not is_number(damping, 0):
+        if not is_number(resolved, 0):
             raise self._missing("inverse")
         return _ChainPyTorchLinearOperator(*(op.inverse() for op in reversed(self._operators)))
+
+    def _resolve_damping(self, damping: Damping) -> Any:
+        inner = self._inner()
+        if inner is None:
+            return super()._resolve_damping(damping)
+        # the canonical form of Kronecker-factored operators, which has a block for each group
+        groups = getattr(self._operators[0], "_groups", None)
+        if isinstance(damping, Mapping) and groups is not None:
+            damping = named_dampings(damping, [list(g.values()) for g in groups], self)
+        return inner._resolve_damping(damping)
 
     def eigh(self) -> PyTorchLinearOperator:
         """Return P eigh(B) P⁻¹."""
@@ -159,6 +172,15 @@ class _ChainPyTorchLinearOperator(PyTorchLinearOperator):
     def power(self, exponent: float) -> PyTorchLinearOperator:
         """Return P Bᵖ P⁻¹."""
         return self._wrap(self._need_inner("power").power(exponent))
+
+    def pinv(self, rtol: float | None = None) -> PyTorchLinearOperator:
+        """Return ``(P B Q)⁺ = Qᵀ B⁺ Pᵀ`` for permutations P and Q."""
+        *outer, B = sorted(self._operators, key=lambda op: not op._IS_PERMUTATION)
+        if outer and not outer[-1]._IS_PERMUTATION:
+            raise self._missing("pinv")
+        return reduce(
+            matmul, (op.pinv(rtol) if op is B else op.adjoint() for op in reversed(self._operators))
+        )
 
     def _check_square_factors(self, form: str) -> None:
         """Raise if a factor is rectangular."""

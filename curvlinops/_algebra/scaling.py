@@ -9,12 +9,14 @@ from torch import Tensor
 
 from curvlinops._algebra.identity import IdentityLinearOperator, identity_like, is_number, nonzero
 from curvlinops._algebra.wrappers import ScalarWrapper, number_text, same_number, scalar_for
+from curvlinops._damping import Damping, map_damping, one_damping
 from curvlinops._formats import Columns
 from curvlinops._operator import PyTorchLinearOperator, check_strategy, matmat_each
 from curvlinops._rules import apply_rule, batched, operation, rule
 from curvlinops._saving import saveable
 from curvlinops._scalars import Scalar, conj, is_real, magnitude
-from curvlinops._tensors import real_power
+from curvlinops._tensors import NotHermitianError, real_power
+from curvlinops._tensors import is_real as has_real_values
 
 
 @saveable
@@ -65,12 +67,17 @@ class ScaledLinearOperator(ScalarWrapper):
         dim = self.shape[0]
         return sign * scalar.sgn() ** dim, logabsdet + dim * scalar.abs().log()
 
-    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> PyTorchLinearOperator:
+    def inverse(self, damping: Damping = 0.0, **strategy: Any) -> PyTorchLinearOperator:
         """Return ``(s A + δ I)⁻¹ = s⁻¹ (A + δ/s I)⁻¹``."""
         check_strategy(strategy)
         if self.scalar == 0:
-            return identity_like(self) / nonzero(damping, self, damping)
-        return self.operator.inverse(damping / self.scalar, **strategy) / self.scalar
+            value = one_damping(damping, self)
+            return identity_like(self) / nonzero(value, self, value)
+        inner = map_damping(lambda value: value / self.scalar, self._resolve_damping(damping))
+        return self.operator.inverse(inner, **strategy) / self.scalar
+
+    def _around(self, block: PyTorchLinearOperator) -> PyTorchLinearOperator:
+        return self.scalar * block
 
     def eigh(self) -> PyTorchLinearOperator:
         """Return the operator in eigendecomposed form."""
@@ -90,6 +97,17 @@ class ScaledLinearOperator(ScalarWrapper):
         if isinstance(decomposed, ScaledLinearOperator):
             raise self._missing("power")
         return decomposed.power(exponent)
+
+    def pinv(self, rtol: float | None = None) -> PyTorchLinearOperator:
+        """Return ``s⁻¹ A⁺``, or zero for s = 0."""
+        if self.scalar == 0:
+            return self.scalar * self.operator.adjoint()
+        return self.operator.pinv(rtol) / self.scalar
+
+    def _check_real_spectrum(self) -> None:
+        if not is_real(self.scalar) and not has_real_values(torch.as_tensor(self.scalar)):
+            raise NotHermitianError(f"{self!r} has complex eigenvalues.")
+        self.operator._check_real_spectrum()
 
     def _with_shift(self, shift: Scalar) -> PyTorchLinearOperator:
         if self.scalar == 0 or not keeps_dtype(self):

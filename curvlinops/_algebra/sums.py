@@ -10,6 +10,7 @@ from torch import Tensor
 from curvlinops._algebra.identity import IdentityLinearOperator
 from curvlinops._algebra.scaling import ScaledLinearOperator, keeps_dtype, unscale
 from curvlinops._algebra.wrappers import ScalarWrapper, number_text, same_number
+from curvlinops._damping import Damping
 from curvlinops._formats import Columns, describe
 from curvlinops._operator import (
     PyTorchLinearOperator,
@@ -140,14 +141,26 @@ class ShiftedLinearOperator(ScalarWrapper):
         """Return sign and logarithm of the determinant, from eigenvalues."""
         return self._decomposed("slogdet").slogdet()
 
-    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> PyTorchLinearOperator:
+    def inverse(self, damping: Damping = 0.0, **strategy: Any) -> PyTorchLinearOperator:
         """Return ``(A + (δ + damping) I)⁻¹``, from eigenvalues."""
         check_strategy(strategy)
+        damping = self._resolve_damping(damping)
         return self._decomposed("inverse").inverse(damping)
+
+    def _around(self, block: PyTorchLinearOperator) -> PyTorchLinearOperator:
+        return add_shift(block, self.shift)
 
     def eigh(self) -> PyTorchLinearOperator:
         """Return the operator in eigendecomposed form."""
-        return self._decomposed("eigh")
+        return self._decomposed("eigh").eigh()
+
+    def power(self, exponent: float) -> PyTorchLinearOperator:
+        """Return a power, from eigenvalues."""
+        return self._decomposed("power").power(exponent)
+
+    def pinv(self, rtol: float | None = None) -> PyTorchLinearOperator:
+        """Return the Moore-Penrose inverse, from eigenvalues."""
+        return self._decomposed("pinv").pinv(rtol)
 
     def _decomposed(self, form: str) -> PyTorchLinearOperator:
         """Return the operator in a form that has every closed form."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from curvlinops._damping import Damping, map_damping
 from curvlinops._formats import Columns
 from curvlinops._operator import PyTorchLinearOperator
 from curvlinops._rules import operation
@@ -27,6 +28,15 @@ class Wrapper(PyTorchLinearOperator):
     @property
     def _out_names(self) -> list[str] | None:
         return self.operator._out_names
+
+    def _around(self, block: PyTorchLinearOperator) -> PyTorchLinearOperator:
+        """Return what this operator makes of a block of the operator inside."""
+        raise NotImplementedError
+
+    def _resolve_damping(self, damping: Damping) -> Any:
+        if not callable(damping):
+            return self.operator._resolve_damping(damping)
+        return self.operator._resolve_damping(lambda block: damping(self._around(block)))
 
 
 class ScalarWrapper(Wrapper):
@@ -78,7 +88,10 @@ def scalar_for(
     """Return a scalar in an operator's precision, lest a 0-d tensor widens 0-d results."""
     if not isinstance(scalar, Tensor) or operator.dtype is None:
         return scalar
-    dtype = operator.dtype if is_real(scalar) else complex_dtype(operator.dtype)
+    if is_real(scalar):  # which stays real, lest a multiple of a Hermitian operator is none
+        dtype = operator.dtype.to_real() if operator.dtype.is_complex else operator.dtype
+    else:
+        dtype = complex_dtype(operator.dtype)
     return scalar.to(device=device, dtype=dtype)
 
 
@@ -114,6 +127,19 @@ class _Conjugated(Wrapper):
         sign, logabsdet = self.operator.slogdet()
         return sign.conj(), logabsdet
 
+    def inverse(self, damping: Damping = 0.0, **strategy: Any) -> PyTorchLinearOperator:
+        inner = map_damping(conj, self._resolve_damping(damping))
+        return self._around(self.operator.inverse(inner, **strategy))
+
+    def eigh(self) -> PyTorchLinearOperator:
+        return self._around(self.operator.eigh())
+
+    def power(self, exponent: float) -> PyTorchLinearOperator:
+        return self._around(self.operator.power(exponent))
+
+    def pinv(self, rtol: float | None = None) -> PyTorchLinearOperator:
+        return self._around(self.operator.pinv(rtol))
+
 
 @saveable
 class _AdjointLinearOperator(_Conjugated):
@@ -140,8 +166,8 @@ class _AdjointLinearOperator(_Conjugated):
     def _adjoint(self) -> PyTorchLinearOperator:
         return self.operator
 
-    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> PyTorchLinearOperator:
-        return self.operator.inverse(conj(damping), **strategy).adjoint()
+    def _around(self, block: PyTorchLinearOperator) -> PyTorchLinearOperator:
+        return block.adjoint()
 
     def _formula(self) -> str:
         return f"{self.operator._formula()}.H"
@@ -164,8 +190,8 @@ class _ConjugateLinearOperator(_Conjugated):
     def _conjugate(self) -> PyTorchLinearOperator:
         return self.operator
 
-    def inverse(self, damping: Scalar = 0.0, **strategy: Any) -> PyTorchLinearOperator:
-        return self.operator.inverse(conj(damping), **strategy)._conjugate()
+    def _around(self, block: PyTorchLinearOperator) -> PyTorchLinearOperator:
+        return block._conjugate()
 
     def _formula(self) -> str:
         return f"conj({self.operator._formula()})"

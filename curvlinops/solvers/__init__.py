@@ -2,5 +2,12 @@
 
 from curvlinops.solvers._info import SolverInfo
 from curvlinops.solvers.cg import cg
+from curvlinops.solvers.lsmr import lsmr
+from curvlinops.solvers.minres import minres
 
-__all__ = ["SolverInfo", "cg"]
+__all__ = [
+    "SolverInfo",
+    "cg",
+    "lsmr",
+    "minres",
+]

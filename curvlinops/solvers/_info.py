@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from warnings import warn
 
-import torch
 from torch import Tensor
 
 CONVERGED = "converged"
@@ -14,7 +14,7 @@ _MAX_LISTED = 5  # columns that a text lists before it abbreviates
 
 @dataclass(frozen=True, eq=False)  # tensors have no single truth value to compare by
 class SolverInfo:
-    """What happened in a solve with K right-hand sides (K = 1 for a vector).
+    r"""What happened in a solve with K right-hand sides (K = 1 for a vector).
 
     All tensors are on the CPU.
 
@@ -29,6 +29,10 @@ class SolverInfo:
             with the same text.
         history: The largest of the columns' ``residual_norms`` at the start and after each
             iteration; columns that have stopped count with their last value.
+        reasons: Why each column stopped: a sentence, or ``"converged"``.
+        normal_residual_norms: Of solvers that find least-squares solutions, each column's
+            :math:`\lVert A^H r \rVert / (\lVert A \rVert \lVert r \rVert)` as they last
+            estimated it, float64 ``[K]``; 0 at a least-squares solution. None of other solvers.
 
     Example:
         >>> import torch
@@ -47,28 +51,42 @@ class SolverInfo:
     converged: Tensor
     reason: str
     history: list[float]
+    reasons: list[str]
+    normal_residual_norms: Tensor | None = None
 
 
 def make_info(
     solver: str,
-    tolerance: float,
+    goal: str,
     iterations: Tensor,
     residual_norms: Tensor,
+    converged: Tensor,
     reasons: Sequence[str],
     history: list[float],
+    normal_residual_norms: Tensor | None = None,
 ) -> SolverInfo:
-    """Return a solver's info from each column's reason to stop, ``CONVERGED`` among them."""
-    converged = torch.tensor([reason == CONVERGED for reason in reasons], dtype=torch.bool)
+    """Return a solver's info from each column's reason to stop, and whether that is a success."""
     failures = []
-    for reason in dict.fromkeys(r for r in reasons if r != CONVERGED):
-        columns = [column for column, other in enumerate(reasons) if other == reason]
-        residual = residual_norms[columns].max().item()
+    failed = [column for column, success in enumerate(converged.tolist()) if not success]
+    for reason in dict.fromkeys(reasons[column] for column in failed):
+        columns = [column for column in failed if reasons[column] == reason]
         where = f"{_list_columns(columns)} of {len(reasons)}: " if len(reasons) > 1 else ""
-        failures.append(f"{where}{reason} (relative residual {residual:.1e})")
+        numbers = f"relative residual {residual_norms[columns].max().item():.1e}"
+        if normal_residual_norms is not None:
+            numbers += f", of the normal equations {normal_residual_norms[columns].max():.1e}"
+        failures.append(f"{where}{reason} ({numbers})")
     text = CONVERGED
     if failures:
-        text = f"{solver} did not reach the tolerance {tolerance:g}. {'; '.join(failures)}."
-    return SolverInfo(iterations, residual_norms, converged, text, history)
+        text = f"{solver} did not reach {goal}. {'; '.join(failures)}."
+    return SolverInfo(
+        iterations, residual_norms, converged, text, history, list(reasons), normal_residual_norms
+    )
+
+
+def warn_of(info: SolverInfo, stacklevel: int) -> None:
+    """Warn with the text of the info, unless all columns have converged."""
+    if info.reason != CONVERGED:
+        warn(info.reason, stacklevel=stacklevel + 1)
 
 
 def _list_columns(columns: list[int]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops._tensors import widened
 from curvlinops._torch_base import PyTorchLinearOperator
 from curvlinops.kronecker import KroneckerProductLinearOperator
 from curvlinops.testing._check import Check, leaves, norm, wide
@@ -24,7 +25,8 @@ class _Matrix:
         self.dim = len(dense)
         self.scale = max(norm(dense), scale)  # of what the matrix was computed from
         self.cutoff = 10 * max(self.dim, 1) * eps * self.scale
-        self.hermitian = norm(dense - dense.mH) <= rtol * self.scale
+        square = self.dim == dense.shape[1]
+        self.hermitian = square and norm(dense - dense.mH) <= rtol * self.scale
 
     @cached_property
     def singular_values(self) -> Tensor:
@@ -64,7 +66,7 @@ def check_closed_forms(check: Check) -> None:
     shape, norms = {"trace", "diagonal"}, {"trace", "frobenius_norm"}
     _check_forms(check, "2 * A", 2 * op, 2 * dense, forms)
     _check_forms(check, "(-A)", -op, -dense, forms)
-    _check_forms(check, "A.H", op.H, dense.mH, forms - {"eigh", "sqrt", "power"})
+    _check_forms(check, "A.H", op.H, dense.mH, forms)
     _check_forms(check, "(A + A)", op + op, 2 * dense, forms & shape, forms=shape)
     if op.in_shape == op.out_shape:
         shift = check.norm / len(dense) ** 0.5 or 1.0
@@ -72,7 +74,7 @@ def check_closed_forms(check: Check) -> None:
         if norms <= forms:
             needed.add("frobenius_norm")
         if "eigh" in forms:
-            needed |= {"slogdet", "inverse", "eigh", "sqrt", "power"}
+            needed |= {"slogdet", "inverse", *_OF_EIGENVALUES} - ({"pinv"} - forms)
         shifted = op + shift * op**0
         added = dense + shift * torch.eye(len(dense), dtype=dense.dtype)
         _check_forms(check, "(A + shift * I)", shifted, added, needed, 2 * check.norm)
@@ -80,17 +82,17 @@ def check_closed_forms(check: Check) -> None:
     if "inverse" in forms and not matrix.singular:
         inverse = _inverse(check, "A", op, matrix, {})
         if inverse is not None:
-            kept = forms & {"trace", "diagonal", "frobenius_norm", "slogdet"}
+            kept = {"trace", "diagonal", "frobenius_norm", "slogdet", *_OF_EIGENVALUES}
             expected = torch.linalg.inv(dense)
             scale = matrix.condition * norm(expected)
-            _check_forms(check, "A.inverse()", inverse, expected, kept, scale)
+            _check_forms(check, "A.inverse()", inverse, expected, forms & kept, scale)
 
 
 def _check_rectangular(check: Check) -> None:
     """Check that closed forms of square matrices are refused."""
     op = check.op
     for name in (*FORMS, "det", "logdet"):
-        if name in check.skip or name == "frobenius_norm":
+        if name in check.skip or name in ("frobenius_norm", "pinv"):
             continue
         arguments = (2,) if name == "power" else ()
         with check.property(f"{name} of a rectangular A is refused"):
@@ -103,6 +105,9 @@ def _check_rectangular(check: Check) -> None:
                 check.close(value, torch.tensor(check.norm, dtype=value.dtype), check.norm)
         except NotImplementedError:
             pass  # a closed form that the operator does not have
+    forms = _check_forms(check, "A", op, check.dense, forms={"pinv"})
+    _check_forms(check, "2 * A", 2 * op, 2 * check.dense, forms, forms={"pinv"})
+    _check_forms(check, "A.H", op.H, check.dense.mH, forms, forms={"pinv"})
 
 
 def _check_forms(
@@ -291,6 +296,63 @@ def _power(check: Check, text: str, op: PyTorchLinearOperator, matrix: _Matrix) 
     return True
 
 
+def _inverse_sqrt(check: Check, text: str, op: PyTorchLinearOperator, matrix: _Matrix) -> bool:
+    try:
+        root = op.inverse_sqrt()
+    except ValueError:
+        if matrix.positive:
+            raise
+        return False
+    if matrix.singular:
+        return True  # by so little that the operator does not see it
+    expected = torch.linalg.inv(matrix.dense)
+    x = check.random(matrix.dim, check.num_columns)
+    check.product(root @ (root @ x), expected, x, norm(expected) * matrix.condition)
+    if matrix.positive:
+        values, vectors = torch.linalg.eigh(matrix.dense)
+        expected = (vectors / values.sqrt()) @ vectors.mH
+        check.close(wide(root.to_dense()), expected, norm(expected) * matrix.condition)
+    return True
+
+
+def _pinv(check: Check, text: str, op: PyTorchLinearOperator, matrix: _Matrix) -> bool:
+    inverse = op.pinv()
+    spaces = (inverse.in_shape, inverse.out_shape)
+    check.require(spaces == (op.out_shape, op.in_shape), f"has spaces {spaces}")
+    # half precision is decomposed in a wider dtype
+    wider = torch.finfo(widened(torch.empty(0, dtype=check.dtype)).dtype).eps
+    cutoff = matrix.cutoff * wider / check.eps
+    large = matrix.singular_values[matrix.singular_values > cutoff]
+    condition = matrix.scale / large.min().item() if large.numel() else 1.0
+    expected = torch.linalg.pinv(matrix.dense, atol=cutoff, rtol=0.0)
+    check.equals(inverse, expected, norm(expected) * condition)
+    return True
+
+
+def _sample(check: Check, text: str, op: PyTorchLinearOperator, matrix: _Matrix) -> bool:
+    shape, found = (matrix.dim, check.num_columns), False
+    for inverse, fits in ((False, matrix.semi_definite), (True, matrix.positive)):
+        with check.property(f"sample(inverse={inverse}) of {text}", optional=True):
+            generator = torch.Generator(check.device).manual_seed(1)
+            try:
+                samples = op.sample(shape[1], generator=generator, inverse=inverse)
+            except ValueError:
+                if fits:
+                    raise
+                continue
+            found = True
+            if not inverse:
+                check.require(fits, "is a sample, but the matrix is not positive semi-definite")
+            check.require(op.dtype in (None, samples.dtype), f"has dtype {samples.dtype}")
+            check.require(op.device in (None, samples.device), f"is on {samples.device}")
+            generator.manual_seed(1)
+            z = torch.randn(shape, generator=generator, dtype=samples.dtype, device=samples.device)
+            root = op.inverse_sqrt() if inverse else op.sqrt()
+            expected = wide(root @ z)
+            check.close(samples, expected, norm(expected))
+    return found
+
+
 FORMS = {
     "trace": _trace,
     "diagonal": _diagonal,
@@ -300,4 +362,9 @@ FORMS = {
     "eigh": _eigh,
     "sqrt": _sqrt,
     "power": _power,
+    "inverse_sqrt": _inverse_sqrt,
+    "pinv": _pinv,
+    "sample": _sample,
 }
+_OF_EIGENVALUES = ("eigh", "sqrt", "power", "inverse_sqrt", "pinv", "sample")
+"""What an operator has that can be eigendecomposed."""

@@ -73,9 +73,10 @@ def check_operator(
     ``"scipy"``               all four products of ``to_scipy()``, of real and complex vectors
     ``"copies"``              ``copy.deepcopy``, ``.to(dtype)``
     ``"algebra"``             multiples, sums, differences, products, powers, and their adjoints
-    ``"closed forms"``        ``trace diagonal frobenius_norm slogdet inverse eigh sqrt power``
-                              (``det`` and ``logdet`` with ``slogdet``): exact where they do not
-                              raise ``NotImplementedError``, also of multiples, adjoints, shifts by
+    ``"closed forms"``        ``trace diagonal frobenius_norm slogdet inverse eigh sqrt power
+                              inverse_sqrt pinv sample`` (``det`` and ``logdet`` with ``slogdet``;
+                              ``pinv`` also of rectangular matrices): exact where they do not raise
+                              ``NotImplementedError``, also of multiples, adjoints, shifts by
                               :math:`\delta I` and inverses; of a rectangular matrix an error that
                               is both a ``ValueError`` and a ``RuntimeError``
     ``"saving"``              ``torch.save`` and ``torch.load`` with its safe default and with

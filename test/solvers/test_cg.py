@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 import torch
 from scipy.sparse.linalg import LinearOperator
 from scipy.sparse.linalg import cg as scipy_cg
+from solver_cases import F64, Counting, Function, hermitian, relative_residuals, spd
 from torch import Tensor
 
 from curvlinops import (
@@ -26,63 +26,7 @@ from curvlinops import (
 )
 from curvlinops.solvers import SolverInfo, cg
 
-F64 = torch.float64
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-def hermitian(eigenvalues: Tensor, dtype: torch.dtype = F64) -> Tensor:
-    """Return a matrix with these eigenvalues and random eigenvectors."""
-    dim = len(eigenvalues)
-    Q, _ = torch.linalg.qr(torch.randn(dim, dim, dtype=dtype))
-    matrix = (Q * eigenvalues.to(dtype)) @ Q.mH
-    return (matrix + matrix.mH) / 2
-
-
-def spd(dim: int, condition: float = 100.0, dtype: torch.dtype = F64) -> Tensor:
-    """Return a Hermitian positive definite matrix, with eigenvalues in [1/2, condition/2].
-
-    They are evenly spaced: conjugate gradients then take the same number of steps whatever the
-    rounding (with many scales among them, SciPy's number changes with the order of the entries).
-    """
-    return hermitian(torch.linspace(1, condition, dim, dtype=F64) / 2, dtype)
-
-
-def relative_residuals(A: Tensor, x: Tensor, b: Tensor) -> Tensor:
-    """Return the norm of each column's residual, relative to that of b."""
-    return torch.linalg.vector_norm(b - A @ x, dim=0) / torch.linalg.vector_norm(b, dim=0)
-
-
-class Counting(PyTorchLinearOperator):
-    """A matrix on a space of tensors that notes the columns of each product."""
-
-    SELF_ADJOINT = True
-
-    def __init__(self, matrix: Tensor, shapes: list[tuple[int, ...]] | None = None):
-        shapes = [(matrix.shape[0],)] if shapes is None else shapes
-        super().__init__(shapes, shapes)
-        self.matrix = matrix
-        self.widths: list[int] = []
-
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        assert not torch.is_grad_enabled()
-        width = X[0].shape[-1]
-        self.widths.append(width)
-        result = self.matrix @ torch.cat([x.reshape(-1, width) for x in X])
-        sizes = [x.numel() // width for x in X]
-        return [y.reshape(x.shape) for x, y in zip(X, result.split(sizes), strict=True)]
-
-
-class Function(PyTorchLinearOperator):
-    """A function of flat columns, without dtype or device."""
-
-    SELF_ADJOINT = True
-
-    def __init__(self, function: Callable[[Tensor], Tensor], dim: int):
-        super().__init__([(dim,)], [(dim,)])
-        self.function = function
-
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        return [self.function(X[0])]
 
 
 def failing(A: PyTorchLinearOperator, b: Any, **kwargs: Any) -> tuple[Any, SolverInfo]:

@@ -709,6 +709,82 @@ class PowerOfAbsoluteExponent(Right):
         return super().power(abs(exponent))
 
 
+@defect("closed forms: inverse_sqrt of A: max abs error", definite)
+class InverseSqrtIsInverse(Right):
+    def inverse_sqrt(self) -> PyTorchLinearOperator:
+        return self.inverse()
+
+
+@defect("closed forms: inverse_sqrt of A: max abs error", definite)
+class NegativeInverseSqrt(Right):
+    def inverse_sqrt(self) -> PyTorchLinearOperator:
+        return -self.power(-0.5)
+
+
+@defect("closed forms: inverse_sqrt of A: raised ValueError: no", definite)
+class RefusedInverseSqrt(Right):
+    def inverse_sqrt(self) -> PyTorchLinearOperator:
+        raise ValueError("no")
+
+
+def singular() -> Tensor:
+    matrix = positive(4)
+    matrix[-1], matrix[:, -1] = 0, 0
+    return matrix
+
+
+@defect("closed forms: pinv of A: max abs error", singular)
+class PinvIsAdjoint(Right):
+    def pinv(self, rtol: float | None = None) -> PyTorchLinearOperator:
+        return self.H
+
+
+@defect("closed forms: pinv of A: has spaces", singular)
+class PinvIsFlat(Right):
+    def pinv(self, rtol: float | None = None) -> PyTorchLinearOperator:
+        return self._dense().pinv(rtol)
+
+
+@defect("closed forms: sample(inverse=False) of A: max abs error", definite)
+class SampleHasNoCovariance(Right):
+    def sample(
+        self, num_samples: int = 1, *, generator: Any = None, inverse: bool = False
+    ) -> Tensor:
+        return torch.randn(4, num_samples, generator=generator, dtype=self.dtype)
+
+
+@defect("closed forms: sample(inverse=True) of A: max abs error", definite)
+class SampleIgnoresInverse(Right):
+    def sample(
+        self, num_samples: int = 1, *, generator: Any = None, inverse: bool = False
+    ) -> Tensor:
+        return super().sample(num_samples, generator=generator)
+
+
+@defect("closed forms: sample(inverse=False) of A: has shape [3, 4] instead of [4, 3]", definite)
+class SampleInRows(Right):
+    def sample(
+        self, num_samples: int = 1, *, generator: Any = None, inverse: bool = False
+    ) -> Tensor:
+        return super().sample(num_samples, generator=generator, inverse=inverse).mT
+
+
+@defect("closed forms: sample(inverse=False) of A: max abs error", definite)
+class SampleIgnoresGenerator(Right):
+    def sample(
+        self, num_samples: int = 1, *, generator: Any = None, inverse: bool = False
+    ) -> Tensor:
+        return super().sample(num_samples, generator=torch.Generator().manual_seed(5))
+
+
+@defect("closed forms: sample(inverse=False) of A: is a sample, but", lambda: indefinite(4))
+class SampleOfIndefinite(Right):
+    def sample(
+        self, num_samples: int = 1, *, generator: Any = None, inverse: bool = False
+    ) -> Tensor:
+        return torch.zeros(4, num_samples, dtype=self.dtype)
+
+
 @defect("closed forms: trace of A.H: is missing", real)
 class AdjointLosesTrace(Right):
     def _adjoint(self) -> PyTorchLinearOperator:
@@ -925,6 +1001,18 @@ def test_message_says_how_much() -> None:
         check_operator(WrongScale(matrix), matrix)
     assert str(caught.value).startswith("<4×4 operator WrongScale>: products: ")
     assert "exceeds the tolerance" in str(caught.value)
+
+
+def test_pseudo_inverse_of_a_rectangle() -> None:
+    """It is checked where it exists, also of multiples."""
+
+    class Wrong(TensorLinearOperator):
+        def pinv(self, rtol: float | None = None) -> TensorLinearOperator:
+            return TensorLinearOperator(self.matrix.mT)
+
+    with pytest.raises(AssertionError, match="closed forms: pinv of A: max abs error"):
+        check_operator(Wrong(general(3, 4)))
+    check_operator(Wrong(general(3, 4)), skip=["pinv"])
 
 
 def test_tolerance() -> None:
