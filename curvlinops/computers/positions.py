@@ -13,6 +13,7 @@ from operator import mul
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 
 def split_examples(tensor: Tensor, n: int, layer: str) -> Tensor:
@@ -169,8 +170,7 @@ class Moment:
             self._size = _block_size(d)
         for start in range(0, d, self._size):
             stop = min(start + self._size, d)
-            block = self.total[start:stop, start:d]
-            torch.addmm(block, rows[:, start:stop].T, rows[:, start:], out=block)
+            _add_product(self.total[start:stop, start:d], rows[:, start:stop].T, rows[:, start:])
         if ones is not None:
             self.total[:d, d] += ones * rows.sum(0)
             self.total[d, d] += num_rows * ones**2
@@ -198,6 +198,14 @@ class Moment:
         column = ones * sums  # [..., d]
         top = torch.cat([new, column.unsqueeze(-1)], dim=-1)
         return torch.cat([top, torch.cat([column, corner], dim=-1).unsqueeze(-2)], dim=-2)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to a part of a matrix."""
+    if get_proxy_mode() is None:
+        torch.addmm(total, left, right, out=total)
+    else:  # torch.compile refuses that of a part in the trace
+        total.copy_(torch.addmm(total, left, right))
 
 
 def _block_size(d: int) -> int:
