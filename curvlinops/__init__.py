@@ -10,10 +10,14 @@ from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator
 from curvlinops.ekfac import EKFACLinearOperator
 from curvlinops.estimators import (
+    LanczosApproximateLogSpectrumCached,
+    LanczosApproximateSpectrumCached,
     hutchinson_diag,
     hutchinson_squared_fro,
     hutchinson_trace,
     hutchpp_trace,
+    lanczos_approximate_log_spectrum,
+    lanczos_approximate_spectrum,
     xdiag,
     xtrace,
 )
@@ -36,9 +40,10 @@ from curvlinops.kfac_utils import (
 )
 from curvlinops.kfoc import KFOCLinearOperator
 from curvlinops.kronecker import KroneckerProductLinearOperator
+from curvlinops.low_rank import LowRankLinearOperator
 from curvlinops.outer import OuterProductLinearOperator
 from curvlinops.risk.losses import register_loss
-from curvlinops.solvers import cg, lsmr, minres
+from curvlinops.solvers import cg, eigsh, lsmr, minres, svds
 from curvlinops.submatrix import SubmatrixLinearOperator
 
 __all__ = [
@@ -61,7 +66,10 @@ __all__ = [
     "KFOCLinearOperator",
     "KroneckerProductLinearOperator",
     "LSMRInverseLinearOperator",
+    "LanczosApproximateLogSpectrumCached",
+    "LanczosApproximateSpectrumCached",
     "LayerType",
+    "LowRankLinearOperator",
     "NeumannInverseLinearOperator",
     "OuterProductLinearOperator",
     "PerExampleGradientLinearOperator",
@@ -71,15 +79,19 @@ __all__ = [
     "ToCanonicalLinearOperator",
     "TransposedJacobianLinearOperator",
     "cg",
+    "eigsh",
     "hutchinson_diag",
     "hutchinson_squared_fro",
     "hutchinson_trace",
     "hutchpp_trace",
+    "lanczos_approximate_log_spectrum",
+    "lanczos_approximate_spectrum",
     "lsmr",
     "minres",
     "record_gradients",
     "register_layer",
     "register_loss",
+    "svds",
     "xdiag",
     "xtrace",
 ]

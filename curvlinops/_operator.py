@@ -38,12 +38,12 @@ _HINTS = {
     "trace": "estimate it with curvlinops.xtrace, hutchpp_trace or hutchinson_trace",
     "diagonal": "estimate it with curvlinops.xdiag or hutchinson_diag",
     "frobenius_norm": "estimate its square with curvlinops.hutchinson_squared_fro",
-    "slogdet": "estimate the log-determinant by stochastic Lanczos quadrature "
-    "(curvlinops.estimators), or use A.to_dense().slogdet() if A is small",
+    "slogdet": "estimate the log-determinant with curvlinops.estimators.slq_logdet, or use "
+    "A.to_dense().slogdet() if A is small",
     "inverse": "solve with curvlinops.cg or minres, or wrap A in CGInverseLinearOperator",
     "eigh": "use curvlinops.eigsh for some eigenpairs, or A.to_dense() if A is small",
-    "power": "apply scipy.sparse.linalg.expm_multiply or a Lanczos method on A.to_scipy(), or "
-    "use A.to_dense() if A is small",
+    "power": "estimate traces of functions of A with curvlinops.estimators.slq_trace, or use "
+    "A.to_dense() if A is small",
     "pinv": "solve least-squares problems with curvlinops.lsmr, or use "
     "torch.linalg.pinv(A.to_dense()) if A is small",
     "sample": "sample with a structured approximation of A, or with "

@@ -39,6 +39,7 @@ LAYERS = {
         "inverse",
         "kfac_utils",
         "kronecker",
+        "low_rank",
         "nearest_kronecker",
         "outer",
         "solvers",
@@ -59,7 +60,7 @@ LAYERS = {
         "rows",
     ],
     "L4": ["computers", "ekfac", "ggn_diagonal", "kfac", "kfoc"],
-    TOP: ["__init__", "testing"],
+    TOP: ["__init__", "plotting", "testing"],
 }
 
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

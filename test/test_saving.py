@@ -288,6 +288,7 @@ def test_table() -> None:
         "FromCanonicalLinearOperator",
         "IdentityLinearOperator",
         "KroneckerProductLinearOperator",
+        "LowRankLinearOperator",
         "OuterProductLinearOperator",
         "SubmatrixLinearOperator",
         "TensorLinearOperator",

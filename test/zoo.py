@@ -22,6 +22,7 @@ from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator
 from curvlinops.kfac_utils import FromCanonicalLinearOperator, ToCanonicalLinearOperator
 from curvlinops.kronecker import KroneckerProductLinearOperator
+from curvlinops.low_rank import LowRankLinearOperator
 from curvlinops.outer import OuterProductLinearOperator
 from curvlinops.submatrix import SubmatrixLinearOperator
 
@@ -527,6 +528,23 @@ def low_rank_complex() -> Entry:
 def low_rank_bfloat16() -> Entry:
     c, A = torch.rand(4).to(BF16), general(3, 4).to(BF16)
     return OuterProductLinearOperator(c, A), A.double() @ torch.diag(c.double()) @ A.double().T
+
+
+@entry
+def few_eigenvalues() -> Entry:
+    """Two eigenvalues, on two tensors; all others are equal."""
+    Q, _ = torch.linalg.qr(general(5, 5))
+    values = torch.tensor([3.0, 0.5], dtype=F64)
+    A = LowRankLinearOperator(values, Q[:, :2], [(3,), (2, 1)], rest=0.7)
+    return A, Q @ torch.diag(torch.tensor([3.0, 0.5, 0.7, 0.7, 0.7], dtype=F64)) @ Q.T
+
+
+@entry
+def few_eigenvalues_complex() -> Entry:
+    """A positive semi-definite operator of rank 2."""
+    Q, _ = torch.linalg.qr(general(4, 2, C128))
+    values = torch.tensor([2.0, 1.5], dtype=F64)
+    return LowRankLinearOperator(values, Q), Q @ torch.diag(values.to(C128)) @ Q.mH
 
 
 @entry
