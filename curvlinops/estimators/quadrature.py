@@ -32,6 +32,7 @@ def slq_trace(
     distribution: Distribution = "rademacher",
     *,
     generator: torch.Generator | None = None,
+    chunk_size: int = 1,
     return_standard_error: bool = False,
 ) -> Result:
     r"""Estimate the trace of a function of a Hermitian matrix by stochastic Lanczos quadrature.
@@ -62,6 +63,8 @@ def slq_trace(
         distribution: ``"rademacher"``, vectors of independent signs, or ``"normal"``.
         generator: Random numbers, on the device of A. Default: PyTorch's global generator of that
             device. Vectors are drawn one after another.
+        chunk_size: How many processes share products. Each holds n + 1 vectors. The result does not
+            depend on it.
         return_standard_error: Whether to return the standard error of the mean, too.
 
     Returns:
@@ -102,7 +105,9 @@ def slq_trace(
             )
         return values
 
-    return _estimate(A, integrand, ncv, num_repeats, distribution, generator, return_standard_error)
+    return _estimate(
+        A, integrand, ncv, num_repeats, distribution, generator, chunk_size, return_standard_error
+    )
 
 
 def slq_logdet(
@@ -112,6 +117,7 @@ def slq_logdet(
     distribution: Distribution = "rademacher",
     *,
     generator: torch.Generator | None = None,
+    chunk_size: int = 1,
     return_standard_error: bool = False,
 ) -> Result:
     r"""Estimate the log-determinant of a positive definite matrix.
@@ -130,6 +136,7 @@ def slq_logdet(
         num_repeats: The number of random vectors.
         distribution: ``"rademacher"`` or ``"normal"``.
         generator: Random numbers, on the device of A. Default: PyTorch's global ones.
+        chunk_size: How many processes share products.
         return_standard_error: Whether to return the standard error, too.
 
     Returns:
@@ -165,7 +172,9 @@ def slq_logdet(
             )
         return nodes.log()
 
-    return _estimate(A, integrand, ncv, num_repeats, distribution, generator, return_standard_error)
+    return _estimate(
+        A, integrand, ncv, num_repeats, distribution, generator, chunk_size, return_standard_error
+    )
 
 
 def _estimate(
@@ -175,6 +184,7 @@ def _estimate(
     num_repeats: int,
     distribution: Distribution,
     generator: torch.Generator | None,
+    chunk_size: int,
     return_standard_error: bool,
 ) -> Result:
     """Average ``vᴴ f(A) v`` over random vectors."""
@@ -184,13 +194,14 @@ def _estimate(
     num_repeats = as_integer("num_repeats", num_repeats, least=1)
     if return_standard_error and num_repeats == 1:
         raise ValueError("A standard error needs two samples, num_repeats >= 2.")
-    sampler, mean = Sampler(A, distribution, generator, None), Mean()
+    sampler, mean = Sampler(A, distribution, generator, chunk_size), Mean()
     with torch.no_grad():
-        for _ in range(num_repeats):
-            v = widened(sampler.draw(1).squeeze(1))
-            nodes, weights = lanczos_quadrature(A, v, ncv)
-            square = v.abs().double().square().sum().cpu()
-            mean.update((square * (weights * integrand(nodes)).sum()).unsqueeze(0))
+        for width in sampler.chunks(num_repeats):
+            V = widened(sampler.draw(width))
+            squares = V.abs().double().square().sum(0).cpu()
+            rules = lanczos_quadrature(A, V, ncv)
+            values = [(weights * integrand(nodes)).sum() for nodes, weights in rules]
+            mean.update(squares * torch.stack(values))
     result = mean.result(A.dtype, return_standard_error)
     if isinstance(result, tuple):
         return result[0].to(sampler.device), result[1].to(sampler.device)

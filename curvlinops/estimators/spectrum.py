@@ -35,6 +35,7 @@ def lanczos_approximate_spectrum(
     boundaries_tol: float = 1e-2,
     *,
     generator: torch.Generator | None = None,
+    chunk_size: int = 1,
 ) -> tuple[Tensor, Tensor]:
     r"""Approximate the spectral density of a Hermitian operator by Lanczos processes.
 
@@ -78,6 +79,8 @@ def lanczos_approximate_spectrum(
         generator: Random numbers, on the device of A. Default: PyTorch's global generator of that
             device. Vectors are drawn one after another, first one for the boundaries if they are
             to be estimated.
+        chunk_size: How many processes share products. Each holds ``ncv + 1`` vectors. The result
+            does not depend on it.
 
     Returns:
         Evenly spaced grid points and the density there, both ``[num_points]``, on the device of A
@@ -101,7 +104,7 @@ def lanczos_approximate_spectrum(
         tensor(0.9000)
     """
     cached = LanczosApproximateSpectrumCached(
-        A, ncv, boundaries, margin, boundaries_tol, generator=generator
+        A, ncv, boundaries, margin, boundaries_tol, generator=generator, chunk_size=chunk_size
     )
     return cached.approximate_spectrum(num_repeats, num_points, kappa)
 
@@ -118,6 +121,7 @@ def lanczos_approximate_log_spectrum(
     epsilon: float = 1e-5,
     *,
     generator: torch.Generator | None = None,
+    chunk_size: int = 1,
 ) -> tuple[Tensor, Tensor]:
     r"""Approximate the density of the logarithms of the eigenvalues' magnitudes.
 
@@ -149,6 +153,7 @@ def lanczos_approximate_log_spectrum(
             their distance.
         epsilon: What is added to the magnitudes; positive.
         generator: Random numbers, as for :func:`~curvlinops.lanczos_approximate_spectrum`.
+        chunk_size: How many processes share products.
 
     Returns:
         Grid points :math:`e^t`, evenly spaced in their logarithm, and the density in t, both
@@ -169,7 +174,7 @@ def lanczos_approximate_log_spectrum(
         True
     """
     cached = LanczosApproximateLogSpectrumCached(
-        A, ncv, boundaries, margin, boundaries_tol, generator=generator
+        A, ncv, boundaries, margin, boundaries_tol, generator=generator, chunk_size=chunk_size
     )
     return cached.approximate_log_spectrum(num_repeats, num_points, kappa, epsilon)
 
@@ -189,6 +194,7 @@ class _LanczosCached:
         boundaries_tol: float = 1e-2,
         *,
         generator: torch.Generator | None = None,
+        chunk_size: int = 1,
     ):
         self._A = as_operator(A)
         check_square(self._A, "spectral density")
@@ -205,7 +211,7 @@ class _LanczosCached:
         self._estimated: tuple[float, float] | None = None
         self._margin, self._boundaries_tol = margin, boundaries_tol
         self._generator = generator
-        self._sampler = Sampler(self._A, "normal", generator, None)
+        self._sampler = Sampler(self._A, "normal", generator, chunk_size)
         self._processes: list[tuple[Tensor, Tensor]] = []  # nodes and weights
 
     @staticmethod
@@ -245,9 +251,9 @@ class _LanczosCached:
         if low == high:
             low, high = low - distance / 2, high + distance / 2
         with torch.no_grad():
-            while len(self._processes) < num_repeats:
-                v = widened(self._sampler.draw(1).squeeze(1))
-                self._processes.append(lanczos_quadrature(self._A, v, self._ncv))
+            for width in self._sampler.chunks(max(num_repeats - len(self._processes), 0)):
+                V = widened(self._sampler.draw(width))
+                self._processes += lanczos_quadrature(self._A, V, self._ncv)
         sigma = (high - low) / ((self._ncv - 1) * math.sqrt(8 * math.log(kappa)))
         grid = torch.linspace(low, high, num_points, dtype=torch.float64)
         density = torch.zeros_like(grid)
@@ -275,6 +281,7 @@ class LanczosApproximateSpectrumCached(_LanczosCached):
         margin: How far the grid extends beyond the boundaries, relative to their distance.
         boundaries_tol: Accuracy of estimated boundaries, relative to their distance.
         generator: Random numbers. Default: PyTorch's global generator of A's device.
+        chunk_size: How many processes share products.
 
     Raises:
         ValueError: If A is not square, or an argument is out of range.
@@ -323,6 +330,7 @@ class LanczosApproximateLogSpectrumCached(_LanczosCached):
             logarithm.
         boundaries_tol: Accuracy of the estimated ends of the spectrum, relative to their distance.
         generator: Random numbers. Default: PyTorch's global generator of A's device.
+        chunk_size: How many processes share products.
 
     Raises:
         ValueError: If A is not square, or an argument is out of range.

@@ -109,8 +109,16 @@ class LanczosBasis:
         Raises:
             ValueError: If the product is not finite.
         """
-        j = self.length
-        w = widened(self._A @ self.vectors[j].to(self._dtype))
+        return self.take(self._A @ self.last)
+
+    @property
+    def last(self) -> Tensor:
+        """The vector to multiply next ``[D]``, in A's dtype."""
+        return self.vectors[self.length].to(self._dtype)
+
+    def take(self, product: Tensor) -> bool:
+        """Go on with the product of A and :attr:`last`, as :meth:`extend` does."""
+        j, w = self.length, widened(product)
         if w.is_complex() and not self.vectors.is_complex():  # of an operator without dtype
             raise ValueError(f"{self._A!r} has no dtype, but its product is complex.")
         self.products += 1
@@ -118,12 +126,12 @@ class LanczosBasis:
         w, coefficients = self._orthogonalised(w, j + 1)
         beta = _norm(w)
         # the step's only transfer: all that the host decides by
-        alpha, product, norm = torch.stack([coefficients[j].real, before, beta]).cpu().tolist()
-        if not abs(product) < torch.inf:
+        alpha, size, norm = torch.stack([coefficients[j].real, before, beta]).cpu().tolist()
+        if not abs(size) < torch.inf:
             raise ValueError(f"The product of {self._A!r} with a unit vector is not finite.")
         self.T[j, j] = alpha
         self.length += 1
-        self._largest = max(self._largest, product)
+        self._largest = max(self._largest, size)
         rounding = torch.finfo(w.dtype).eps * self._largest
         negligible = norm <= _BREAKDOWN * rounding
         self.beta = 0.0 if negligible else norm
@@ -328,21 +336,31 @@ def dense_eigenpairs(
 # --------------------------------------------------------------------------------------------------
 # Quadrature
 # --------------------------------------------------------------------------------------------------
-def lanczos_quadrature(A: PyTorchLinearOperator, start: Tensor, ncv: int) -> tuple[Tensor, Tensor]:
+def lanczos_quadrature(
+    A: PyTorchLinearOperator, starts: Tensor, ncv: int
+) -> list[tuple[Tensor, Tensor]]:
     """Return nodes and weights for which ``Σ w f(θ) ≈ vᴴ f(A) v`` with ``v = start / ‖start‖``.
 
-    This is Gaussian quadrature, exact for polynomials f of degree ``2 m - 1`` with m nodes.
+    This is Gaussian quadrature, exact for polynomials f of degree ``2 m - 1`` with m nodes. The
+    processes are independent, but share products.
 
     Args:
         A: Hermitian operator.
-        start: Vector ``[D]``, in float32 at least.
-        ncv: The number of products, and of nodes; fewer if an invariant subspace ends the process.
+        starts: Vectors as columns ``[D, K]``, in float32 at least.
+        ncv: The number of products, and of nodes; fewer if an invariant subspace ends a process.
 
     Returns:
-        Nodes and weights ``[m]``, float64 on the CPU.
+        Nodes and weights ``[m]``, float64 on the CPU, for each vector.
     """
-    basis = LanczosBasis(A, ncv, start)
-    while basis.length < ncv and basis.extend():
-        pass
-    values, vectors, _ = basis.ritz()
-    return values, vectors[0] ** 2
+    bases = [LanczosBasis(A, ncv, start) for start in starts.T]
+    active = bases
+    for _ in range(ncv):
+        if not active:
+            break
+        products = (A @ torch.stack([basis.last for basis in active], dim=1)).unbind(1)
+        active = [b for b, product in zip(active, products, strict=True) if b.take(product)]
+    pairs = []
+    for basis in bases:
+        values, vectors, _ = basis.ritz()
+        pairs.append((values, vectors[0] ** 2))
+    return pairs

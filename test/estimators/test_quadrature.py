@@ -44,7 +44,7 @@ def test_exact_for_polynomials(
     steps, dtype = min(steps, dim), C128 if is_complex else F64
     spectrum = torch.linspace(-1, 1, distinct, dtype=F64)[torch.arange(dim) % distinct]
     A, v = hermitian(spectrum, dtype), torch.randn(dim, dtype=dtype)
-    nodes, weights = lanczos_quadrature(TensorLinearOperator(A), v, steps)
+    ((nodes, weights),) = lanczos_quadrature(TensorLinearOperator(A), v.unsqueeze(1), steps)
     assert len(nodes) <= steps
     assert weights.sum().item() == pytest.approx(1, abs=1e-12)
     values, Q = torch.linalg.eigh(A)
@@ -54,11 +54,45 @@ def test_exact_for_polynomials(
         assert polynomial == pytest.approx((exact * values**degree).sum().item(), abs=1e-12)
 
 
+def test_processes_that_share_products() -> None:
+    """They are those of the vectors alone; one that has ended takes no further columns."""
+    A = torch.diag(torch.tensor([1.0, 2.0, 3.0, 5.0], dtype=F64))
+    starts = torch.tensor([[1.0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 1, 0]], dtype=F64).T
+    columns: list[int] = []
+
+    class Recorder(TensorLinearOperator):
+        def _matmat(self, X: Any) -> Any:
+            columns.append(X[0].shape[1])
+            return super()._matmat(X)
+
+    together = lanczos_quadrature(Recorder(A), starts, 4)
+    assert columns == [3, 2, 1, 1]
+    for k, (nodes, weights) in enumerate(together):
+        ((alone, alone_weights),) = lanczos_quadrature(Recorder(A), starts[:, [k]], 4)
+        assert torch.allclose(nodes, alone)
+        assert torch.allclose(weights, alone_weights)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 7])
+@pytest.mark.parametrize("estimate", ["trace", "logdet"])
+def test_chunks_have_no_influence(estimate: str, chunk_size: int) -> None:
+    A = hermitian(torch.linspace(1, 3, 12, dtype=F64))
+
+    def compute(**options: Any) -> tuple[Tensor, Tensor]:
+        options |= {"return_standard_error": True, "generator": torch.Generator().manual_seed(0)}
+        if estimate == "trace":
+            return slq_trace(A, torch.exp, 5, 5, **options)
+        return slq_logdet(A, 5, 5, **options)
+
+    for actual, expected in zip(compute(chunk_size=chunk_size), compute(), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_invariant_subspace() -> None:
     """The process ends where nothing is left, without random numbers of its own."""
     state = torch.get_rng_state()
     A = TensorLinearOperator(torch.diag(torch.tensor([2.0, 2.0, 3.0, 3.0], dtype=F64)))
-    nodes, weights = lanczos_quadrature(A, torch.ones(4, dtype=F64), 4)
+    ((nodes, weights),) = lanczos_quadrature(A, torch.ones(4, 1, dtype=F64), 4)
     assert torch.allclose(nodes, torch.tensor([2.0, 3.0], dtype=F64))
     assert torch.allclose(weights, torch.tensor([0.5, 0.5], dtype=F64))
     assert torch.equal(state, torch.get_rng_state())

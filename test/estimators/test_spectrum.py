@@ -211,6 +211,34 @@ def test_cached(log: bool) -> None:
         assert all(torch.allclose(a, b) for a, b in zip(result, expected, strict=True))
 
 
+@pytest.mark.parametrize("chunk_size", [2, 4, 9])
+@pytest.mark.parametrize("log", [False, True])
+def test_chunks(log: bool, chunk_size: int) -> None:
+    """Processes share products, and so do those that are added later; densities stay the same."""
+    A = hermitian(SPECTRA["positive"])
+    widths: list[int] = []
+
+    class Recorder(TensorLinearOperator):
+        def _matmat(self, X: Any) -> Any:
+            widths.append(X[0].shape[1])
+            return super()._matmat(X)
+
+    cls = LanczosApproximateLogSpectrumCached if log else LanczosApproximateSpectrumCached
+    results = []
+    for size in (1, chunk_size):
+        options = {"boundaries": (0.1, 12.0), "chunk_size": size}
+        cached = cls(Recorder(A), 6, generator=torch.Generator().manual_seed(0), **options)
+        density = cached.approximate_log_spectrum if log else cached.approximate_spectrum
+        widths.clear()
+        density(num_repeats=3)
+        results.append(density(num_repeats=7))
+    chunks = [*[chunk_size] * (3 // chunk_size), 3 % chunk_size]
+    chunks += [*[chunk_size] * (4 // chunk_size), 4 % chunk_size]
+    assert widths == [width for width in chunks if width for _ in range(6)]
+    for actual, expected in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_random_numbers() -> None:
     """Without a generator the global one is used, one vector after another."""
     A = hermitian(SPECTRA["positive"])
