@@ -14,6 +14,7 @@ from curvlinops._rules import combine, rule
 from curvlinops._saving import saveable
 from curvlinops._scalars import Scalar, is_real
 from curvlinops.dense import TensorLinearOperator
+from curvlinops.low_rank import LowRankLinearOperator
 
 
 @saveable
@@ -94,6 +95,15 @@ class OuterProductLinearOperator(PyTorchLinearOperator):
             zero = self.c.new_zeros(())
             return zero, zero.abs().log()
         return TensorLinearOperator((matrix * self.c) @ matrix.T).slogdet()
+
+    def eigh(self) -> LowRankLinearOperator:
+        """Return a real operator in eigendecomposed form, with at most R eigenvalues besides 0.
+
+        Not in half precision, in which eigenvectors are far from orthogonal.
+        """
+        if self.c.itemsize < 4:
+            raise self._missing("eigh")
+        return LowRankLinearOperator(*self._thin_eigh("eigh"), self.in_shape)
 
     def power(self, exponent: float) -> PyTorchLinearOperator:
         """Return a power of a real operator, again of low rank (unless the exponent is 0)."""

@@ -68,7 +68,7 @@ def test_norm_of_cancelling_terms() -> None:
 
 
 def test_multiple_and_shift() -> None:
-    """Trace, diagonal and norm survive; an inverse is not offered."""
+    """Trace, diagonal and norm survive, and for real operators the inverse."""
     c, A = torch.rand(2, dtype=F64), general(4, 2)
     operator = 3 * OuterProductLinearOperator(c, A)
     shifted = operator + operator**0
@@ -76,8 +76,10 @@ def test_multiple_and_shift() -> None:
     assert torch.allclose(shifted.trace(), matrix.trace())
     assert torch.allclose(shifted.diagonal(), matrix.diagonal())
     assert torch.allclose(shifted.frobenius_norm(), torch.linalg.matrix_norm(matrix))
+    assert torch.allclose(shifted.inverse().to_dense(), matrix.inverse())
+    complex_symmetric = OuterProductLinearOperator(c.to(C128), general(4, 2, C128))
     with pytest.raises(NotImplementedError, match=r"solve with curvlinops.cg"):
-        shifted.inverse()
+        (complex_symmetric + complex_symmetric**0).inverse()
 
 
 @pytest.mark.parametrize(
@@ -99,3 +101,23 @@ def test_constructor_refuses(c: torch.Tensor, A: Any, message: str) -> None:
     """Numbers of vectors, dtypes and devices that do not fit."""
     with pytest.raises(ValueError, match=message):
         OuterProductLinearOperator(c, A)
+
+
+@pytest.mark.parametrize("rank", [2, 7, 9])
+def test_closed_forms_of_a_shift(rank: int) -> None:
+    """δI + Σ cᵢ aᵢ aᵢᵀ, without the matrix, also for as many vectors as rows, or more."""
+    c, A = torch.rand(rank, dtype=torch.float64), torch.randn(7, rank, dtype=torch.float64)
+    shifted = OuterProductLinearOperator(c, [A[:3], A[3:].reshape(2, 2, rank)])
+    shifted = shifted + 0.3 * shifted**0
+    dense = (A * c) @ A.T + 0.3 * torch.eye(7, dtype=torch.float64)
+    torch.testing.assert_close(shifted.logdet(), dense.logdet())
+    torch.testing.assert_close(
+        shifted.inverse(0.1).to_dense(), (dense + 0.1 * torch.eye(7)).inverse()
+    )
+    root = shifted.sqrt()
+    torch.testing.assert_close((root @ root).to_dense(), dense)
+    torch.testing.assert_close(shifted.trace(), dense.trace())
+    sizes = [
+        tuple(t.shape) for t in shifted.eigh()._state().values() if isinstance(t, torch.Tensor)
+    ]
+    assert (7, min(rank, 7)) in sizes and (rank >= 7 or (7, 7) not in sizes)
