@@ -6,13 +6,12 @@ import builtins
 from collections.abc import Iterator
 from typing import Any
 
+import matplotlib
 import pytest
 import torch
 
 from curvlinops import lanczos_approximate_log_spectrum, lanczos_approximate_spectrum
 from curvlinops.plotting import plot_eigenvalue_histogram, plot_spectral_density
-
-matplotlib = pytest.importorskip("matplotlib")
 
 
 @pytest.fixture(autouse=True)
