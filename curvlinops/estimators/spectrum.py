@@ -11,7 +11,7 @@ from torch import Tensor
 from curvlinops._operator import PyTorchLinearOperator
 from curvlinops._scalars import as_integer
 from curvlinops._tensors import widened
-from curvlinops.estimators._sampling import Matrix, Sampler, as_operator, check_square
+from curvlinops.estimators._sampling import Matrix, Mean, Sampler, as_operator, check_square
 from curvlinops.solvers._lanczos import (
     dense_eigenpairs,
     lanczos_quadrature,
@@ -36,7 +36,8 @@ def lanczos_approximate_spectrum(
     *,
     generator: torch.Generator | None = None,
     chunk_size: int = 1,
-) -> tuple[Tensor, Tensor]:
+    return_standard_error: bool = False,
+) -> tuple[Tensor, ...]:
     r"""Approximate the spectral density of a Hermitian operator by Lanczos processes.
 
     .. math::
@@ -81,10 +82,12 @@ def lanczos_approximate_spectrum(
             to be estimated.
         chunk_size: How many processes share products. Each holds ``ncv + 1`` vectors. The result
             does not depend on it.
+        return_standard_error: Whether to return the standard error of the density, too: that of the
+            mean of m independent processes, at each grid point.
 
     Returns:
         Evenly spaced grid points and the density there, both ``[num_points]``, on the device of A
-        and in its precision (float32 at least).
+        and in its precision (float32 at least). On request the standard error as a third.
 
     Raises:
         ValueError: If A is not square or its products are not finite, and if an argument is out of
@@ -106,7 +109,7 @@ def lanczos_approximate_spectrum(
     cached = LanczosApproximateSpectrumCached(
         A, ncv, boundaries, margin, boundaries_tol, generator=generator, chunk_size=chunk_size
     )
-    return cached.approximate_spectrum(num_repeats, num_points, kappa)
+    return cached.approximate_spectrum(num_repeats, num_points, kappa, return_standard_error)
 
 
 def lanczos_approximate_log_spectrum(
@@ -122,7 +125,8 @@ def lanczos_approximate_log_spectrum(
     *,
     generator: torch.Generator | None = None,
     chunk_size: int = 1,
-) -> tuple[Tensor, Tensor]:
+    return_standard_error: bool = False,
+) -> tuple[Tensor, ...]:
     r"""Approximate the density of the logarithms of the eigenvalues' magnitudes.
 
     It is the spectral density of :math:`\log(|A| + \epsilon I)`, as a function of
@@ -154,10 +158,11 @@ def lanczos_approximate_log_spectrum(
         epsilon: What is added to the magnitudes; positive.
         generator: Random numbers, as for :func:`~curvlinops.lanczos_approximate_spectrum`.
         chunk_size: How many processes share products.
+        return_standard_error: Whether to return the standard error of the density, too.
 
     Returns:
         Grid points :math:`e^t`, evenly spaced in their logarithm, and the density in t, both
-        ``[num_points]``.
+        ``[num_points]``. On request the standard error as a third.
 
     Raises:
         ValueError: If A is not square or its products are not finite, and if an argument is out of
@@ -176,7 +181,9 @@ def lanczos_approximate_log_spectrum(
     cached = LanczosApproximateLogSpectrumCached(
         A, ncv, boundaries, margin, boundaries_tol, generator=generator, chunk_size=chunk_size
     )
-    return cached.approximate_log_spectrum(num_repeats, num_points, kappa, epsilon)
+    return cached.approximate_log_spectrum(
+        num_repeats, num_points, kappa, epsilon, return_standard_error
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -241,8 +248,11 @@ class _LanczosCached:
         kappa: float,
         interval: tuple[float, float],
         transform: Any,
-    ) -> tuple[Tensor, Tensor]:
+        return_standard_error: bool,
+    ) -> tuple[Tensor, ...]:
         """Return an even grid and the density there of what a function makes of eigenvalues."""
+        if return_standard_error and num_repeats == 1:
+            raise ValueError("A standard error needs two processes, num_repeats >= 2.")
         low, high = interval
         distance = high - low
         if distance == 0:  # one eigenvalue: any width shows it
@@ -256,11 +266,13 @@ class _LanczosCached:
                 self._processes += lanczos_quadrature(self._A, V, self._ncv)
         sigma = (high - low) / ((self._ncv - 1) * math.sqrt(8 * math.log(kappa)))
         grid = torch.linspace(low, high, num_points, dtype=torch.float64)
-        density = torch.zeros_like(grid)
+        mean = Mean()
         for nodes, weights in self._processes[:num_repeats]:
             scaled = (grid.unsqueeze(1) - transform(nodes)) / sigma  # [num_points, n]
-            density += (-(scaled**2) / 2).exp() @ weights
-        return grid, density / (num_repeats * sigma * math.sqrt(2 * math.pi))
+            density = (-(scaled**2) / 2).exp() @ weights / (sigma * math.sqrt(2 * math.pi))
+            mean.update(density.unsqueeze(-1))
+        result = mean.result(grid.dtype, return_standard_error)
+        return (grid, *result) if isinstance(result, tuple) else (grid, result)
 
     def _delivered(self, values: Tensor) -> Tensor:
         """Return values on the operator's device, in its precision."""
@@ -298,22 +310,29 @@ class LanczosApproximateSpectrumCached(_LanczosCached):
     """
 
     def approximate_spectrum(
-        self, num_repeats: int = 1, num_points: int = 1024, kappa: float = 3.0
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        num_repeats: int = 1,
+        num_points: int = 1024,
+        kappa: float = 3.0,
+        return_standard_error: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Return grid and density, see :func:`~curvlinops.lanczos_approximate_spectrum`.
 
         Args:
             num_repeats: The number of random vectors.
             num_points: The number of grid points.
             kappa: The width of the Gaussians; greater than 1.
+            return_standard_error: Whether to return the standard error, too.
 
         Raises:
             ValueError: If an argument is out of range.
         """
         num_repeats, num_points = _check_settings(num_repeats, num_points, kappa)
         ends = self._ends() if self._given is None else self._given
-        grid, density = self._density(num_repeats, num_points, kappa, ends, lambda nodes: nodes)
-        return self._delivered(grid), self._delivered(density)
+        results = self._density(
+            num_repeats, num_points, kappa, ends, lambda nodes: nodes, return_standard_error
+        )
+        return tuple(map(self._delivered, results))
 
 
 class LanczosApproximateLogSpectrumCached(_LanczosCached):
@@ -360,7 +379,8 @@ class LanczosApproximateLogSpectrumCached(_LanczosCached):
         num_points: int = 1024,
         kappa: float = 1.04,
         epsilon: float = 1e-5,
-    ) -> tuple[Tensor, Tensor]:
+        return_standard_error: bool = False,
+    ) -> tuple[Tensor, ...]:
         """Return grid and density, see :func:`~curvlinops.lanczos_approximate_log_spectrum`.
 
         Args:
@@ -368,6 +388,7 @@ class LanczosApproximateLogSpectrumCached(_LanczosCached):
             num_points: The number of grid points.
             kappa: The width of the Gaussians; greater than 1.
             epsilon: What is added to the magnitudes; positive.
+            return_standard_error: Whether to return the standard error, too.
 
         Raises:
             ValueError: If an argument is out of range.
@@ -382,10 +403,15 @@ class LanczosApproximateLogSpectrumCached(_LanczosCached):
         else:
             magnitudes = self._given
         interval = math.log(magnitudes[0] + epsilon), math.log(magnitudes[1] + epsilon)
-        t, density = self._density(
-            num_repeats, num_points, kappa, interval, lambda nodes: (nodes.abs() + epsilon).log()
+        t, *densities = self._density(
+            num_repeats,
+            num_points,
+            kappa,
+            interval,
+            lambda nodes: (nodes.abs() + epsilon).log(),
+            return_standard_error,
         )
-        return self._delivered(t.exp()), self._delivered(density)
+        return tuple(map(self._delivered, (t.exp(), *densities)))
 
 
 def _check_settings(num_repeats: Any, num_points: Any, kappa: float) -> tuple[int, int]:

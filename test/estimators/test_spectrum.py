@@ -239,6 +239,22 @@ def test_chunks(log: bool, chunk_size: int) -> None:
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("function", BOTH)
+def test_standard_error(function: Callable[..., Any]) -> None:
+    """It is that of the mean of single processes, and the density stays the same."""
+    A, options = hermitian(SPECTRA["positive"]), {"boundaries": (0.1, 12.0), "num_points": 40}
+    generator = torch.Generator().manual_seed(0)
+    singles = [function(A, 6, generator=generator, **options)[1] for _ in range(5)]
+    singles = torch.stack(singles)
+    generator = torch.Generator().manual_seed(0)
+    options |= {"num_repeats": 5, "generator": generator}
+    _, density, error = function(A, 6, return_standard_error=True, **options)
+    torch.testing.assert_close(density, singles.mean(0))
+    torch.testing.assert_close(error, singles.std(0) / 5**0.5)
+    with pytest.raises(ValueError, match="num_repeats >= 2"):
+        function(A, 6, return_standard_error=True)
+
+
 def test_random_numbers() -> None:
     """Without a generator the global one is used, one vector after another."""
     A = hermitian(SPECTRA["positive"])
