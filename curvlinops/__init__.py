@@ -2,11 +2,13 @@
 
 from curvlinops._algebra import IdentityLinearOperator
 from curvlinops._torch_base import PyTorchLinearOperator, record_gradients
+from curvlinops.accumulators import EKFACAccumulator, KFACAccumulator
 from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.computers.layers import LayerType, register_layer
 from curvlinops.curvature import CurvatureLinearOperator
 from curvlinops.dense import TensorLinearOperator
 from curvlinops.diag import DiagonalLinearOperator
+from curvlinops.distributed import ShardSampler
 from curvlinops.eigh import EighDecomposedLinearOperator
 from curvlinops.ekfac import EKFACLinearOperator
 from curvlinops.estimators import (
@@ -52,6 +54,7 @@ __all__ = [
     "CurvatureLinearOperator",
     "DiagonalLinearOperator",
     "EFLinearOperator",
+    "EKFACAccumulator",
     "EKFACLinearOperator",
     "EighDecomposedLinearOperator",
     "FisherType",
@@ -61,6 +64,7 @@ __all__ = [
     "HessianLinearOperator",
     "IdentityLinearOperator",
     "JacobianLinearOperator",
+    "KFACAccumulator",
     "KFACLinearOperator",
     "KFACType",
     "KFOCLinearOperator",
@@ -74,6 +78,7 @@ __all__ = [
     "OuterProductLinearOperator",
     "PerExampleGradientLinearOperator",
     "PyTorchLinearOperator",
+    "ShardSampler",
     "SubmatrixLinearOperator",
     "TensorLinearOperator",
     "ToCanonicalLinearOperator",

@@ -150,10 +150,25 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
     def _conjugate(self) -> BlockDiagonalLinearOperator:
         return self._blockwise(lambda block: block._conjugate())
 
+    def _like(self, blocks: Sequence[PyTorchLinearOperator]) -> BlockDiagonalLinearOperator:
+        """Return an operator of other blocks, in the same arrangement."""
+        return BlockDiagonalLinearOperator(blocks, self._flat)
+
+    def _fits(self, other: BlockDiagonalLinearOperator) -> bool:
+        """Return whether another operator has the same arrangement of blocks."""
+        return type(other) is type(self) and other.flat == self.flat
+
     def _blockwise(
         self, function: Callable[[PyTorchLinearOperator], PyTorchLinearOperator]
     ) -> BlockDiagonalLinearOperator:
-        return BlockDiagonalLinearOperator([function(block) for block in self._blocks], self._flat)
+        """Return the operator of what a cheap function makes of each block."""
+        return self._like([function(block) for block in self._blocks])
+
+    def _decomposed(
+        self, function: Callable[..., PyTorchLinearOperator], *values: Sequence[Any]
+    ) -> BlockDiagonalLinearOperator:
+        """Return the operator of what an expensive function makes of each block and its values."""
+        return self._like([function(*each) for each in zip(self._blocks, *values, strict=True)])
 
     # ---- closed forms, each from those of the blocks --------------------------------------------
     def trace(self) -> Tensor:
@@ -200,10 +215,7 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
         check_strategy(strategy)
         self._check_square_blocks("inverse")
         dampings = self._resolve_damping(damping)
-        pairs = zip(self._blocks, dampings, strict=True)
-        return BlockDiagonalLinearOperator(
-            [block.inverse(value, **strategy) for block, value in pairs], self._flat
-        )
+        return self._decomposed(lambda block, value: block.inverse(value, **strategy), dampings)
 
     def _resolve_damping(self, damping: Damping) -> list[Any]:
         pairs = zip(self._blocks, block_dampings(damping, len(self), self), strict=True)
@@ -212,16 +224,16 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
     def eigh(self) -> BlockDiagonalLinearOperator:
         """Return the operator of the blocks in eigendecomposed form."""
         self._check_square_blocks("eigh")
-        return self._blockwise(lambda block: block.eigh())
+        return self._decomposed(lambda block: block.eigh())
 
     def power(self, exponent: float) -> BlockDiagonalLinearOperator:
         """Return the operator of the blocks' powers."""
         self._check_square_blocks("power")
-        return self._blockwise(lambda block: block.power(exponent))
+        return self._decomposed(lambda block: block.power(exponent))
 
     def pinv(self, rtol: float | None = None) -> BlockDiagonalLinearOperator:
         """Return the operator of the blocks' Moore-Penrose inverses."""
-        return self._blockwise(lambda block: block.pinv(rtol))
+        return self._decomposed(lambda block: block.pinv(rtol))
 
     def _entrywise_squares(self) -> BlockDiagonalLinearOperator:
         return self._blockwise(lambda block: block._entrywise_squares())
@@ -248,9 +260,9 @@ def _multiply(
     left: BlockDiagonalLinearOperator, right: BlockDiagonalLinearOperator
 ) -> PyTorchLinearOperator:
     """The product of block-diagonal operators with fitting blocks is that of the blocks."""
-    if left.flat != right.flat or [b.in_shape for b in left] != [b.out_shape for b in right]:
+    if not left._fits(right) or [b.in_shape for b in left] != [b.out_shape for b in right]:
         return NotImplemented
-    return BlockDiagonalLinearOperator([a @ b for a, b in zip(left, right, strict=True)], left.flat)
+    return left._like([a @ b for a, b in zip(left, right, strict=True)])
 
 
 @rule("add", BlockDiagonalLinearOperator, BlockDiagonalLinearOperator)
@@ -259,9 +271,9 @@ def _add(
 ) -> PyTorchLinearOperator:
     """The sum of block-diagonal operators with fitting blocks is that of the blocks."""
     spaces = [[(b.in_shape, b.out_shape) for b in operator] for operator in (left, right)]
-    if left.flat != right.flat or spaces[0] != spaces[1]:
+    if not left._fits(right) or spaces[0] != spaces[1]:
         return NotImplemented
-    return BlockDiagonalLinearOperator([a + b for a, b in zip(left, right, strict=True)], left.flat)
+    return left._like([a + b for a, b in zip(left, right, strict=True)])
 
 
 @rule("scale", BlockDiagonalLinearOperator, object)

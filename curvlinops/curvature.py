@@ -11,11 +11,13 @@ from torch import Tensor
 from curvlinops._formats import Columns
 from curvlinops._scalars import as_integer
 from curvlinops._torch_base import PyTorchLinearOperator
+from curvlinops.distributed import collective_of
 from curvlinops.kept_graphs import KeptGraph, KeptGraphs
 from curvlinops.linearization import Differentiator
 from curvlinops.risk import Batch, EmpiricalRisk, Loss, loss_entry
 from curvlinops.risk.data import TermCounter
-from curvlinops.risk.model import ModelFunction
+from curvlinops.risk.empirical_risk import RECORDING
+from curvlinops.risk.model import ModelFunction, device_of, refuse_sharded
 
 
 class CurvatureLinearOperator(PyTorchLinearOperator):
@@ -62,15 +64,31 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
             model's Python attributes, and of what a function that is no module has captured go
             unnoticed. Where a graph cannot be kept, there is a warning, and products are made as
             without.
+        process_group: A ``torch.distributed`` process group (gloo for parameters on a CPU, NCCL for
+            GPUs), of operators that sum over examples. ``data`` is then this rank's part of the
+            data, see :class:`~curvlinops.ShardSampler`; it may be empty. Parameters, loss, options
+            and vectors are the same on all ranks, which make the same calls in the same order, and
+            each gets the result for all data. ``num_data`` counts those of all ranks.
+
+    With a process group, a product takes one all-reduce, also of its checks. Random numbers are
+    those of one process that has the parts of all ranks, in their order; only the first rank shows
+    progress bars. An exception on one rank is one on all of them. What cannot be told (a
+    ``KeyboardInterrupt``, the death of a process, a rank that makes no product or one with another
+    number of columns or dtype) ends in an error of the backend, at the latest after the group's
+    ``timeout``; ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` lets PyTorch compare shapes first. Products
+    cannot be differentiated (``record_gradients``), and ``torch.compile`` runs them as they are. A
+    model in ``DistributedDataParallel`` is used without the wrapper, with or without ``"module."``
+    in the names of ``params``.
 
     Raises:
         TypeError: If ``params`` is no dict of tensors, or the prediction is no tensor.
         ValueError: If names are unknown, the data are empty or can only be iterated once, or the
             loss has no ``reduction`` of ``"mean"`` or ``"sum"``.
         NotImplementedError: If the model uses operations that PyTorch cannot differentiate as the
-            matrix needs it, or the loss has no formula that it needs.
+            matrix needs it, or the loss has no formula that it needs; or if parameters are sharded
+            (FSDP).
         RuntimeError: If the check finds that model or data are not deterministic; the message names
-            the likely cause.
+            the likely cause. If ranks do not agree, or another rank failed.
     """
 
     SELF_ADJOINT = True
@@ -142,11 +160,15 @@ class RiskLinearOperator(ModelLinearOperator):
         *,
         chunk_size: int | None = None,
         keep_graph: bool = False,
+        process_group: Any = None,
     ):
         """Build the risk; no product is computed yet."""
-        loss, _ = loss_entry(loss_func)  # refuses None, with which a risk can do without a loss
-        self._check_loss(loss)
-        chunk_size = None if chunk_size is None else as_integer("chunk_size", chunk_size, 1)
+        collective = collective_of(process_group, device_of(params))
+        with collective.together():
+            loss, _ = loss_entry(loss_func)  # refuses None, which is for risks without a loss
+            self._check_loss(loss)
+            refuse_sharded(type(self).__name__, model_func, params)
+            chunk_size = None if chunk_size is None else as_integer("chunk_size", chunk_size, 1)
         self._risk = EmpiricalRisk(
             model_func,
             loss_func,
@@ -157,6 +179,8 @@ class RiskLinearOperator(ModelLinearOperator):
             num_data=num_data,
             batch_size_fn=batch_size_fn,
             needs_fixed_order=self._needs_fixed_order,
+            collective=collective,
+            purpose=self._purpose(),
         )
         self._differentiator = Differentiator(self._risk, chunk_size)
         self._kept = KeptGraphs() if keep_graph else None
@@ -171,6 +195,10 @@ class RiskLinearOperator(ModelLinearOperator):
     def _needs_fixed_order(self) -> bool:
         """Whether a product depends on the order of the data."""
         return False
+
+    def _purpose(self) -> str:
+        """Return what must be the same on all ranks, besides the arguments of the risk."""
+        return type(self).__name__
 
     def _check_loss(self, loss: Loss) -> None:
         """Raise if the matrix does not exist for a loss."""
@@ -193,6 +221,8 @@ class RiskLinearOperator(ModelLinearOperator):
 
     def _matmat(self, X: Columns) -> Columns:
         recording = torch.is_grad_enabled()
+        if recording and not self._risk.collective.alone:
+            raise NotImplementedError(RECORDING)
         # Counting through the terms of all ranks takes communication.
         counter = self._risk.term_counter() if self._needs_fixed_order else TermCounter()
         kept = None if recording or torch.compiler.is_compiling() else self._kept
@@ -203,7 +233,7 @@ class RiskLinearOperator(ModelLinearOperator):
             product = None if kept is None else self._multiply_kept(kept, batch, X, counter)
             return product or self._multiply_batch(batch, X, counter, recording)
 
-        return self._risk.sum_over_data(multiply, f"{self._formula()} product")
+        return self._risk.sum_over_data(multiply, f"{self._formula()} product", like=X)
 
     def _multiply_kept(
         self, kept: KeptGraphs, batch: Batch, X: Columns, counter: TermCounter

@@ -10,7 +10,7 @@ from curvlinops._algebra import IdentityLinearOperator
 from curvlinops._operator import PyTorchLinearOperator
 from curvlinops._saving import saveable
 from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
-from curvlinops.computers._base import KFACComputer
+from curvlinops.computers._base import Key, KFACComputer
 from curvlinops.computers.ekfac_hooks import HooksEKFACComputer
 from curvlinops.computers.ekfac_make_fx import MakeFxEKFACComputer
 from curvlinops.diag import DiagonalLinearOperator
@@ -67,21 +67,23 @@ class EKFACLinearOperator(KFACLinearOperator):
         "make_fx": MakeFxEKFACComputer,
     }
 
-    @staticmethod
-    def _blocks(computer: Any) -> list[PyTorchLinearOperator]:
-        """Return the block of each group."""
-        result = []
-        for key, parts in computer.decomposed().items():
-            blocks: list[PyTorchLinearOperator] = []
-            for part in parts:
-                if isinstance(part, DiagonalLinearOperator):
-                    blocks.append(part)
-                    continue
-                values, *vectors = part
-                _check_finite(key, values)
-                blocks.append(_decomposed(values, *vectors))
-            result.append(join_blocks(blocks))
+    def _compute(self, computer: Any) -> dict[Key, list[Any]]:
+        """Pass over the data twice; return what the blocks of each group are made of."""
+        result: dict[Key, list[Any]] = computer.decomposed()
         return result
+
+    @staticmethod
+    def _block(key: Key, parts: list[Any]) -> PyTorchLinearOperator:
+        """Return the block of a group."""
+        blocks: list[PyTorchLinearOperator] = []
+        for part in parts:
+            if isinstance(part, DiagonalLinearOperator):
+                blocks.append(part)
+                continue
+            values, *vectors = part
+            _check_finite(key, values)
+            blocks.append(_decomposed(values, *vectors))
+        return join_blocks(blocks)
 
     def factors(self, name: str) -> list[Any]:
         """Return the eigenvectors of the Kronecker factors of a parameter's block.

@@ -65,6 +65,7 @@ class GGNLinearOperator(GramianLinearOperator):
         *,
         chunk_size: int | None = None,
         keep_graph: bool = False,
+        process_group: Any = None,
     ):
         self._mc_samples = as_integer("mc_samples", mc_samples, 0)
         self._random = RandomSource(seed)
@@ -79,7 +80,12 @@ class GGNLinearOperator(GramianLinearOperator):
             batch_size_fn=batch_size_fn,
             chunk_size=chunk_size,
             keep_graph=keep_graph,
+            process_group=process_group,
         )
+
+    def _purpose(self) -> str:
+        options = f", mc_samples={self._mc_samples}, seed={self._random.seed}"
+        return super()._purpose() + options * self._needs_fixed_order
 
     @property
     def _needs_fixed_order(self) -> bool:

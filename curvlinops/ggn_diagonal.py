@@ -40,7 +40,9 @@ class GGNDiagonalLinearOperator(DiagonalLinearOperator, CurvatureLinearOperator)
     examples nor with that of classes. Sums, products, inverses and so on are diagonal operators,
     and dicts keyed by parameter name remain valid vectors.
 
-    The arguments up to ``batch_size_fn`` are those of :class:`~curvlinops.CurvatureLinearOperator`.
+    The arguments up to ``batch_size_fn``, and ``process_group``, are those of
+    :class:`~curvlinops.CurvatureLinearOperator`. The computed operator keeps no process group: it
+    is multiplied without communication.
 
     Args:
         mc_samples: Number of samples per loss term. 0: the exact diagonal.
@@ -78,6 +80,7 @@ class GGNDiagonalLinearOperator(DiagonalLinearOperator, CurvatureLinearOperator)
         seed: int = 2147483647,
         *,
         chunk_size: int | None = None,
+        process_group: Any = None,
     ):
         entries = GGNDiagonalComputer(
             model_func,
@@ -91,6 +94,7 @@ class GGNDiagonalLinearOperator(DiagonalLinearOperator, CurvatureLinearOperator)
             mc_samples=mc_samples,
             seed=seed,
             chunk_size=chunk_size,
+            process_group=process_group,
         ).compute()
         for name, values in entries.items():
             if not bool(values.isfinite().all()):

@@ -102,6 +102,7 @@ class PerExampleGradientLinearOperator(RowsLinearOperator):
         batch_size_fn: Callable[[Any], int] | None = None,
         *,
         chunk_size: int | None = None,
+        process_group: Any = None,
     ):
         loss, _ = loss_entry(loss_func)
         loss.require_closed_form("gradients of single loss terms")
@@ -117,6 +118,7 @@ class PerExampleGradientLinearOperator(RowsLinearOperator):
             num_data=num_data,
             batch_size_fn=batch_size_fn,
             chunk_size=chunk_size,
+            process_group=process_group,
         )
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Size, Tensor
 
+from curvlinops.distributed import refuse_process_group
 from curvlinops.risk import Batch
 from curvlinops.risk.model import ModelFunction
 from curvlinops.rows import RowsLinearOperator, TransposedRowsLinearOperator
@@ -51,6 +52,7 @@ class JacobianLinearOperator(RowsLinearOperator):
         batch_size_fn: Callable[[Any], int] | None = None,
         *,
         chunk_size: int | None = None,
+        process_group: Any = None,
     ):
         super().__init__(
             model_func,
@@ -62,6 +64,7 @@ class JacobianLinearOperator(RowsLinearOperator):
             num_data=num_data,
             batch_size_fn=batch_size_fn,
             chunk_size=chunk_size,
+            process_group=process_group,
         )
 
     def _known_rows(self) -> list[Size] | None:
@@ -105,7 +108,9 @@ class TransposedJacobianLinearOperator(TransposedRowsLinearOperator):
         batch_size_fn: Callable[[Any], int] | None = None,
         *,
         chunk_size: int | None = None,
+        process_group: Any = None,
     ):
+        refuse_process_group(type(self).__name__, process_group)
         self._transposed = JacobianLinearOperator(
             model_func,
             params,
@@ -115,4 +120,5 @@ class TransposedJacobianLinearOperator(TransposedRowsLinearOperator):
             num_data=num_data,
             batch_size_fn=batch_size_fn,
             chunk_size=chunk_size,
+            process_group=process_group,
         )

@@ -12,7 +12,7 @@ from curvlinops._saving import saveable
 from curvlinops._tensors import is_hermitian
 from curvlinops._torch_base import _ChainPyTorchLinearOperator
 from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
-from curvlinops.computers._base import KFACComputer
+from curvlinops.computers._base import Key, KFACComputer
 from curvlinops.computers.kfac_hooks import HooksKFACComputer
 from curvlinops.computers.kfac_make_fx import MakeFxKFACComputer
 from curvlinops.computers.report import check_finite, describe_groups, format_summary
@@ -20,6 +20,7 @@ from curvlinops.curvature import CurvatureLinearOperator
 from curvlinops.kfac_utils import FisherType, FromCanonicalLinearOperator, KFACType
 from curvlinops.kronecker import KroneckerProductLinearOperator
 from curvlinops.risk.model import ModelFunction
+from curvlinops.sharded import RemoteBlock, ShardedBlockDiagonalLinearOperator
 
 
 @saveable
@@ -77,6 +78,13 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
             which is unbiased (and exact where positions do not mix); ``"exact"`` back-propagates
             one after the other.
         max_factor_size: A wider factor keeps its diagonal only.
+        process_group: A ``torch.distributed`` process group, each of whose ranks has a part of the
+            data: factors are those of all data. Blocks are decomposed and inverted by one rank
+            each. All ranks make the same calls, with the same vectors.
+        worker_fraction: With a process group: the fraction of the ranks that hold a block (at least
+            one), as KAISA's fraction of gradient workers (Pauloski et al., 2021). 1: each rank has
+            all blocks, and multiplies without communication. 0: each block is on one rank, which
+            sends what it multiplies to the others. See :func:`curvlinops.sharded.gathered`.
 
     Raises:
         NotImplementedError: If parameters are used in other ways (see ``unsupported``), or the
@@ -127,6 +135,8 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         unsupported: str = "raise",
         loss_terms: str = "signs",
         max_factor_size: int = 8192,
+        process_group: Any = None,
+        worker_fraction: float = 1.0,
     ):
         if backend not in self._BACKENDS:
             raise ValueError(f"backend must be one of {sorted(self._BACKENDS)}, got {backend!r}.")
@@ -148,8 +158,25 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
             unsupported=unsupported,
             loss_terms=loss_terms,
             max_factor_size=max_factor_size,
+            process_group=process_group,
+            worker_fraction=worker_fraction,
         )
-        blocks = self._blocks(computer)
+        self._build(computer, self._compute(computer))
+
+    def _compute(self, computer: Any) -> dict[Key, list[Any]]:
+        """Pass over the data; return what the blocks of each group are made of."""
+        result: dict[Key, list[Any]] = computer.blocks()
+        return result
+
+    @classmethod
+    def _of(cls, computer: KFACComputer, parts: dict[Key, list[Any]]) -> KFACLinearOperator:
+        """Return the operator of what a computer has found already."""
+        operator = cls.__new__(cls)
+        operator._build(computer, parts)
+        return operator
+
+    def _build(self, computer: KFACComputer, parts: dict[Key, list[Any]]) -> None:
+        """Set up the operator."""
         plans = computer.plans
         shapes = {name: p.shape for name, p in computer.risk.params.items()}
         device, dtype = computer.risk.device, computer.risk.dtype
@@ -160,25 +187,38 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
             "kfac_approx": str(computer.kfac_approx),
         }
         self._assemble(
-            [P, BlockDiagonalLinearOperator(blocks), P.adjoint()],
+            [P, self._block_diagonal(computer, parts), P.adjoint()],
             {
                 "options": options,
                 "groups": describe_groups(plans, computer.risk.model, computer.counts_tokens),
             },
         )
 
-    @staticmethod
-    def _blocks(computer: Any) -> list[PyTorchLinearOperator]:
-        """Return the block of each group."""
-        result = []
-        for key, pairs in computer.blocks().items():
-            for B, A in pairs:
-                check_finite(key, A, B)
+    def _block_diagonal(
+        self, computer: KFACComputer, parts: dict[Key, list[Any]]
+    ) -> BlockDiagonalLinearOperator:
+        """Return B, of which other ranks may hold some blocks."""
+        collective, like = computer.collective, computer.like
+        with collective.together():
             blocks = [
-                KroneckerProductLinearOperator(B, *([] if A is None else [A])) for B, A in pairs
+                self._block(plan.key, parts[plan.key])
+                if plan.key in parts
+                else RemoteBlock(plan.size, computer.holders(plan.key), like)
+                for plan in computer.plans
             ]
-            result.append(join_blocks(blocks))
-        return result
+        if collective.alone:
+            return BlockDiagonalLinearOperator(blocks)
+        holders = [computer.holders(plan.key) for plan in computer.plans]
+        return ShardedBlockDiagonalLinearOperator(blocks, holders, collective)
+
+    @staticmethod
+    def _block(key: Key, pairs: list[Any]) -> PyTorchLinearOperator:
+        """Return the block of a group."""
+        for B, A in pairs:
+            check_finite(key, A, B)
+        return join_blocks(
+            [KroneckerProductLinearOperator(B, *([] if A is None else [A])) for B, A in pairs]
+        )
 
     def _assemble(self, operators: list[PyTorchLinearOperator], report: dict[str, Any]) -> None:
         """Set up the chain P, B, Pᵀ, and what :meth:`summary` tells."""

@@ -7,9 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from curvlinops._operator import PyTorchLinearOperator
 from curvlinops._saving import saveable
-from curvlinops.computers._base import KFACComputer
+from curvlinops.computers._base import Key, KFACComputer
 from curvlinops.computers.kfoc import check_accuracy
 from curvlinops.computers.kfoc_hooks import HooksKFOCComputer
 from curvlinops.computers.kfoc_make_fx import MakeFxKFOCComputer
@@ -122,6 +121,8 @@ class KFOCLinearOperator(KFACLinearOperator):
         unsupported: str = "raise",
         loss_terms: str = "signs",
         max_factor_size: int = 8192,
+        process_group: Any = None,
+        worker_fraction: float = 1.0,
         max_iter: int = 100,
         tol: float | None = None,
     ):
@@ -145,9 +146,11 @@ class KFOCLinearOperator(KFACLinearOperator):
             unsupported=unsupported,
             loss_terms=loss_terms,
             max_factor_size=max_factor_size,
+            process_group=process_group,
+            worker_fraction=worker_fraction,
         )
 
-    def _blocks(self, computer: Any) -> list[PyTorchLinearOperator]:  # type: ignore[override]
-        """Return the block of each group."""
+    def _compute(self, computer: Any) -> dict[Key, list[Any]]:
+        """Search for the factors; return what the blocks of each group are made of."""
         computer.max_iter, computer.tol = self._accuracy
-        return KFACLinearOperator._blocks(computer)
+        return super()._compute(computer)

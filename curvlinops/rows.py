@@ -15,9 +15,10 @@ from curvlinops._scalars import as_integer
 from curvlinops._torch_base import PyTorchLinearOperator
 from curvlinops.autodiff import Theta
 from curvlinops.curvature import CurvatureLinearOperator, ModelLinearOperator
+from curvlinops.distributed import refuse_process_group
 from curvlinops.linearization import Differentiator
 from curvlinops.risk import Batch, EmpiricalRisk
-from curvlinops.risk.model import ModelFunction
+from curvlinops.risk.model import ModelFunction, refuse_sharded
 
 Self = TypeVar("Self", bound="TransposedRowsLinearOperator")
 Linear = Callable[[Tensor], Tensor]
@@ -46,7 +47,10 @@ class RowsLinearOperator(ModelLinearOperator):
         num_data: int | None,
         batch_size_fn: Callable[[Any], int] | None,
         chunk_size: int | None,
+        process_group: Any,
     ) -> None:
+        refuse_process_group(type(self).__name__, process_group)
+        refuse_sharded(type(self).__name__, model_func, params)
         chunk_size = None if chunk_size is None else as_integer("chunk_size", chunk_size, 1)
         self._risk = EmpiricalRisk(
             model_func,

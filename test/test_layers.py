@@ -42,6 +42,7 @@ LAYERS = {
         "low_rank",
         "nearest_kronecker",
         "outer",
+        "sharded",
         "solvers",
         "submatrix",
     ],
@@ -59,7 +60,7 @@ LAYERS = {
         "linearization",
         "rows",
     ],
-    "L4": ["computers", "ekfac", "ggn_diagonal", "kfac", "kfoc"],
+    "L4": ["accumulators", "computers", "ekfac", "ggn_diagonal", "kfac", "kfoc"],
     TOP: ["__init__", "plotting", "testing"],
 }
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from itertools import chain, pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from curvlinops._random import RandomSource
 from curvlinops._scalars import as_integer
+from curvlinops.computers.across_ranks import add_moments, assign, known_to_any
 from curvlinops.computers.arrangement import Arrangements
-from curvlinops.computers.events import Statistic
+from curvlinops.computers.events import Collector, Statistic
 from curvlinops.computers.ggn_diagonal import GGNDiagonalComputer
 from curvlinops.computers.layers import LAYERS
 from curvlinops.computers.per_example import first_examples, structure
@@ -20,22 +22,40 @@ from curvlinops.computers.statistics import CovarianceStatistic, Factor
 from curvlinops.computers.usages import Usage
 from curvlinops.computers.vectors import check_terms, loss_vectors, num_vectors
 from curvlinops.diag import DiagonalLinearOperator
+from curvlinops.distributed import collective_of
 from curvlinops.kfac_utils import FisherType, KFACType, ParamGroup
 from curvlinops.risk import Batch, EmpiricalRisk, Loss, loss_entry
 from curvlinops.risk.data import TermCounter
 from curvlinops.risk.model import FunctionalModel
 
-__all__ = ["KFACComputer", "ParamGroup", "Statistic", "stacked"]
+__all__ = ["Increment", "KFACComputer", "ParamGroup", "Statistic", "stacked"]
 
 Key = tuple[str, ...]
 """The names of a group's parameters."""
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+class Increment(NamedTuple):
+    """What a batch adds, besides sums.
+
+    Attributes:
+        num_data: The number of examples.
+        next_term: The index of the first loss term after its own.
+        normalizer: What it adds to the denominator of the loss's mean.
+    """
+
+    num_data: int
+    next_term: int
+    normalizer: Tensor | float
 
 
 class KFACComputer:
     """Computes the Kronecker factors of KFAC.
 
     The arguments are those of :class:`~curvlinops.KFACLinearOperator`, and described there. A
-    subclass implements :meth:`_observe` and :meth:`_gather`.
+    subclass implements :meth:`_observe` and :meth:`_run`.
     """
 
     def __init__(
@@ -58,6 +78,8 @@ class KFACComputer:
         unsupported: str = "raise",
         loss_terms: str = "signs",
         max_factor_size: int = 8192,
+        process_group: Any = None,
+        worker_fraction: float = 1.0,
     ):
         self.fisher_type = FisherType(fisher_type)
         self.kfac_approx = KFACType(kfac_approx)
@@ -77,6 +99,9 @@ class KFACComputer:
             raise ValueError(f"unsupported must be 'raise' or 'diagonal', got {unsupported!r}.")
         if max_factor_size < 1:
             raise ValueError(f"max_factor_size must be positive, got {max_factor_size}.")
+        if not 0 <= worker_fraction <= 1:
+            raise ValueError(f"worker_fraction must be between 0 and 1, got {worker_fraction}.")
+        self.worker_fraction = float(worker_fraction)
         self.mc_samples = mc_samples
         self.loss_terms = loss_terms
         self.max_factor_size = max_factor_size
@@ -91,7 +116,9 @@ class KFACComputer:
         self._recording = False  # whether a statistic has got events
         self._outdated = False  # whether they were others if it was known what is known now
         self._num_vectors = 1  # that are back-propagated for a batch
-        FunctionalModel(model_func, params)  # raises if they do not fit
+        self._holders: dict[Key, list[int]] = {}  # the ranks that hold each block, its owner first
+        device = FunctionalModel(model_func, params).device  # raises if they do not fit
+        self.collective = collective_of(process_group, device)
         self._check_model(model_func)
         self.loss: Loss = loss_entry(loss_func)[0]
         if not self.loss.closed_form:
@@ -105,21 +132,12 @@ class KFACComputer:
             "data": data,
             "progressbar": progressbar,
             "batch_size_fn": batch_size_fn,
+            "process_group": process_group,
         }
         if check_deterministic:  # first, as this is cheaper
-            self.risk = EmpiricalRisk(
-                model_func,
-                loss_func,
-                params,
-                data,
-                check_deterministic=False,
-                num_data=1 if num_data is None else num_data,
-                batch_size_fn=batch_size_fn,
-            )
-            with self.risk.undisturbed():
-                for batch in self.risk.batches("Looking at the model"):
-                    self._look_first(batch)
-                    break
+            with self.collective.together():
+                if self.collective.alone or _may_have_batches(data):
+                    self._look_at_first(params, num_data)
         self.risk = EmpiricalRisk(
             model_func,
             loss_func,
@@ -129,6 +147,7 @@ class KFACComputer:
             check_deterministic=check_deterministic,
             num_data=num_data,
             batch_size_fn=batch_size_fn,
+            collective=self.collective,
         )
 
     # ---- what a backend implements ---------------------------------------------------------------
@@ -152,6 +171,15 @@ class KFACComputer:
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement _observe.")
 
+    def _run(self, statistic: Statistic, batch: Batch) -> tuple[Tensor, Collector]:
+        """Evaluate the model on a batch, and give a statistic the inputs of its layers.
+
+        Returns:
+            The prediction, and the collector, which back-propagates loss vectors through it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement _run.")
+
+    # ---- passes over the data --------------------------------------------------------------------
     def _gather(self, statistic: Statistic, what: str, signs: str) -> Tensor | float:
         """Give a statistic the events of one pass over the data; return the loss's scale.
 
@@ -160,7 +188,31 @@ class KFACComputer:
             what: What the progress bar says.
             signs: What the random signs are drawn for, see :data:`~curvlinops._random.PURPOSES`.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not implement _gather.")
+        counter = self.risk.term_counter()
+
+        def visit(batch: Batch) -> Tensor | float:
+            self._look(batch)
+            return self._visit(statistic, batch, counter, signs)
+
+        return self.risk.for_each_batch(visit, what)
+
+    def _visit(
+        self, statistic: Statistic, batch: Batch, counter: TermCounter, signs: str
+    ) -> Tensor | float:
+        """Give a statistic the events of one batch; return the loss's normalizer."""
+        prediction, collector = self._run(statistic, batch)
+        self._note(collector.calls, collector.other_uses)
+        self._verify_shared(batch)
+        statistic.end_of_forward()
+        F, targets = self.loss.terms(prediction, batch.y)
+        vectors = self._vectors(batch, F, targets, counter, signs)
+        for vector, following in pairwise(chain(vectors, [None])):
+            assert vector is not None
+            collector.backward(F, vector, last=following is None)
+            statistic.end_of_backward()
+        statistic.end_of_batch()
+        with torch.no_grad():
+            return self.loss.normalizer(F.detach(), targets, batch.n)
 
     # ---- the stream of events --------------------------------------------------------------------
     def stream(self, statistic: Statistic) -> float:
@@ -177,7 +229,56 @@ class KFACComputer:
         """
         return float(self._gather(statistic, "Layers", "signs"))
 
+    # ---- batches that are not among the data -----------------------------------------------------
+    def add_batch(
+        self, make: Callable[[], S], X: Any, y: Any, first_term: int, signs: str
+    ) -> tuple[S, Increment]:
+        """Give the events of a batch to a new statistic.
+
+        Args:
+            make: Makes the statistic, once it is known how the model uses its parameters.
+            X: The inputs.
+            y: The targets.
+            first_term: Index of the first loss term among all.
+            signs: What the random signs are drawn for, see :data:`~curvlinops._random.PURPOSES`.
+
+        Returns:
+            The statistic, and what else the batch adds.
+        """
+        result: list[tuple[S, Increment]] = []
+
+        def visit(batch: Batch) -> None:
+            self._look_anew(batch)
+            self._outdated = True
+            while self._outdated:  # the batch may show that other parameters have factors
+                self._outdated, self._recording = False, True
+                statistic, counter = make(), TermCounter(first_term)
+                normalizer = self._visit(statistic, batch, counter, signs)
+            result.append((statistic, Increment(batch.n, counter.position, normalizer)))
+
+        self.risk.visit((X, y), visit)
+        return result[0]
+
+    def _look_anew(self, batch: Batch) -> None:
+        """Find out how the model uses its parameters from the first batch of each structure."""
+        if not self._usages or structure(batch.X) not in self._seen:
+            self._look_first(batch)
+
     # ---- how the model uses its parameters -------------------------------------------------------
+    def _look_at_first(self, params: dict[str, Tensor], num_data: int | None) -> None:
+        """Find out how the model uses its parameters from the first batch of the data."""
+        arguments = {k: v for k, v in self._arguments.items() if k != "process_group"}
+        self.risk = EmpiricalRisk(
+            **arguments,
+            params=params,
+            check_deterministic=False,
+            num_data=1 if num_data is None else num_data,
+        )
+        with self.risk.undisturbed():
+            for batch in self.risk.batches("Looking at the model"):
+                self._look_first(batch)
+                break
+
     def _look_first(self, batch: Batch) -> None:
         """Find out how the model uses its parameters, from at most two examples."""
         X, n = first_examples(batch.X, batch.n, 2), min(batch.n, 2)
@@ -245,6 +346,10 @@ class KFACComputer:
             return
         self._usages.update(dict.fromkeys(new))
         self._refuse(other_uses)
+        self._check_plans()
+
+    def _check_plans(self) -> None:
+        """Raise if parameters are used in ways that do not fit together; or as the user wants."""
         while True:
             try:
                 self._make_plans()
@@ -290,8 +395,28 @@ class KFACComputer:
         """The groups of parameters, one for each block; complete after a pass."""
         return [dict(plan.group) for plan in self.plans]
 
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of the parameters' device and dtype."""
+        return torch.empty(0, device=self.risk.device, dtype=self.risk.dtype)
+
+    @property
+    def usages(self) -> list[Usage]:
+        """How the model was seen to use its parameters in layers."""
+        return list(self._usages)
+
+    @property
+    def diagonal(self) -> list[str]:
+        """The parameters that were seen to be used in other ways, too."""
+        return sorted(self._diagonal)
+
+    def know(self, usages: Iterable[Usage], diagonal: Iterable[str]) -> None:
+        """Take over what another computer has seen."""
+        self._usages.update(dict.fromkeys(usages))
+        self._diagonal.update(diagonal)
+
     # ---- computation -----------------------------------------------------------------------------
-    def _statistic(self) -> CovarianceStatistic:
+    def new_statistic(self) -> CovarianceStatistic:
         """Return a new statistic."""
         shapes = {name: p.shape for name, p in self.risk.params.items()}
         return CovarianceStatistic(
@@ -330,23 +455,82 @@ class KFACComputer:
         Returns:
             For each group, by the tuple of its parameters' names: the pairs of gradient and input
             factor of its blocks (one for each channel group, or part of a weight). A bias alone and
-            a normalisation layer have no input factor.
+            a normalisation layer have no input factor. Groups that other ranks hold are missing.
         """
         self._outdated = True
         while self._outdated:  # a later batch may show that other parameters have factors
             self._outdated = self._recording = False
-            statistic = self._statistic()
+            statistic = self.new_statistic()
             scale = self._gather(statistic, "KFAC factors", "signs")
-        like = next(iter(self.risk.params.values())).detach()
-        identity = self.fisher_type is FisherType.FORWARD_ONLY
+            self.share_uses()
+        self.add_over_ranks(statistic)
         diagonals = self._diagonal_blocks()
-        plans = self.plans
-        last = statistic.last_uses(plan for plan in plans if not plan.diagonal)
+        held = (plan for plan in self.plans if self._holds(plan.key) and not plan.diagonal)
+        return self.factors_of(statistic, scale, diagonals, statistic.last_uses(held))
+
+    # ---- data on several ranks -------------------------------------------------------------------
+    def share_uses(self) -> None:
+        """Learn how the model uses its parameters on other ranks."""
+        if self.collective.alone:
+            return
+        before = set(self._diagonal)
+        self.know(*known_to_any(self.collective, self._usages, self._diagonal))
+        self._check_plans()
+        self._outdated = self.collective.any(self._outdated or before != self._diagonal)
+
+    def add_over_ranks(self, statistic: CovarianceStatistic) -> None:
+        """Add moments over the ranks, and choose which of them hold each block."""
+        if self.collective.alone:
+            return
+        plans, size = self.plans, self.collective.size
+        num_holders = max(1, round(self.worker_fraction * size))
+        keys = {plan.key: statistic.keys(plan) for plan in plans}
+        holders = assign(plans, keys, size, num_holders)
+        self._holders = {plan.key: h for plan, h in zip(plans, holders, strict=True)}
+        for plan in plans:
+            if plan.diagonal:
+                self._holders[plan.key] = list(range(size))
+        owners = {key: self.only_holder(group) for group, all_ in keys.items() for key in all_}
+        add_moments(self.collective, statistic.moments, owners, self.like)
+
+    def holders(self, key: Key) -> list[int]:
+        """Return the ranks that hold a block, the one that decomposes it first."""
+        return self._holders.get(key, list(range(self.collective.size)))
+
+    def only_holder(self, key: Key) -> int | None:
+        """Return the only rank that holds a block, or None if there are more."""
+        holders = self.holders(key)
+        return holders[0] if len(holders) == 1 else None
+
+    def _holds(self, key: Key) -> bool:
+        """Return whether this rank holds a block."""
+        return self.collective.rank in self.holders(key)
+
+    # ---- results ---------------------------------------------------------------------------------
+    def factors_of(
+        self,
+        statistic: CovarianceStatistic,
+        scale: Tensor | float,
+        diagonals: dict[str, DiagonalLinearOperator],
+        last: dict[Key, set[Hashable]] | None = None,
+    ) -> dict[Key, list[tuple[Factor, Factor | None]]]:
+        """Return the factors of each group, as :meth:`blocks` does.
+
+        Args:
+            statistic: The moments of the data.
+            scale: The scale c of the loss.
+            diagonals: The blocks of parameters that are in no supported layer.
+            last: By group: keys of moments that may become its factors. Others are copied.
+        """
+        like = self.like
+        identity = self.fisher_type is FisherType.FORWARD_ONLY
+        last = {} if last is None else last
         return {
             plan.key: [(diagonals[plan.key[0]], None)]
             if plan.diagonal
             else statistic.factors(plan, scale, like, identity, last.get(plan.key, frozenset()))
-            for plan in plans
+            for plan in self.plans
+            if self._holds(plan.key)
         }
 
     def _diagonal_blocks(self) -> dict[str, DiagonalLinearOperator]:
@@ -371,7 +555,7 @@ class KFACComputer:
             names; a bias alone has no input covariance), and the list of groups. A covariance is a
             tensor, or a diagonal operator where it is wider than ``max_factor_size``. For a weight
             with several blocks, it is a tensor ``[g, d, d]``, or a list if they have different
-            sizes or are diagonal.
+            sizes or are diagonal. Those of groups that other ranks hold are missing.
         """
         inputs, gradients = {}, {}
         for key, blocks in self.blocks().items():
@@ -379,6 +563,11 @@ class KFACComputer:
             if blocks[0][1] is not None:
                 inputs[key] = stacked([A for _, A in blocks])
         return inputs, gradients, self.mapping
+
+
+def _may_have_batches(data: Any) -> bool:
+    """Return whether there may be data here; other ranks may have some, if there are none."""
+    return not hasattr(data, "__len__") or len(data) > 0
 
 
 def _ignore(usage: Usage, index: int, x: Tensor) -> None:

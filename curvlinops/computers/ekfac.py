@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from curvlinops import _tensors
+from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.computers._base import Key, KFACComputer, stacked
+from curvlinops.computers.across_ranks import add_totals
 from curvlinops.computers.eigenvalues import Basis, EigenvalueStatistic
+from curvlinops.computers.positions import widened
 from curvlinops.computers.report import check_finite
 from curvlinops.computers.statistics import Factor
 from curvlinops.diag import DiagonalLinearOperator
+from curvlinops.distributed.transfers import share
+from curvlinops.eigh import EighDecomposedLinearOperator
 from curvlinops.kfac_utils import FisherType, ParamGroup
 
 
@@ -31,13 +37,19 @@ class EKFACComputer(KFACComputer):
 
     def bases(self) -> dict[Key, list[Basis]]:
         """Compute KFAC's factors, and return their eigenvectors; None for a diagonal factor."""
-        bases: dict[Key, list[Basis]] = {}
-        for key, blocks in self.blocks().items():
-            bases[key] = []
-            for B, A in blocks:
-                check_finite(key, A, B)
-                bases[key].append((_eigenvectors(B, key), _eigenvectors(A, key)))
-        return bases
+        blocks = self.blocks()
+        keys = [plan.key for plan in self.plans]
+        own: dict[int, list[Basis]] = {}
+        with self.collective.together():
+            for i, key in enumerate(keys):
+                if self.holders(key)[0] != self.collective.rank:
+                    continue
+                own[i] = []
+                for B, A in blocks.pop(key):
+                    check_finite(key, A, B)
+                    own[i].append((_eigenvectors(B, key), _eigenvectors(A, key)))
+        found = share(self.collective, own, [self.holders(key)[0] for key in keys])
+        return {key: found[i] for i, key in enumerate(keys)}
 
     def decomposed(self) -> dict[Key, list[Any]]:
         """Compute eigenvectors and eigenvalues in two passes over the data.
@@ -50,28 +62,50 @@ class EKFACComputer(KFACComputer):
             operator instead.
         """
         bases = self.bases()
-        plans = self.plans
-        shapes = {name: p.shape for name, p in self.risk.params.items()}
-        statistic = EigenvalueStatistic(plans, bases, shapes, lambda: self._num_vectors)
+        statistic = self.eigenvalue_statistic(bases)
         scale = self._gather(statistic, "EKFAC eigenvalues", "eigenvalue-signs")
-        like = next(iter(self.risk.params.values())).detach()
-        diagonals = self._diagonal_blocks()
+        self.add_totals_over_ranks(statistic)
+        return self.decomposition_of(statistic, bases, scale, self._diagonal_blocks())
+
+    def add_totals_over_ranks(self, statistic: EigenvalueStatistic) -> None:
+        """Add sums of squares over the ranks."""
+        like = widened(self.like)
+        owners = {plan.key: self.only_holder(plan.key) for plan in self.plans}
+        add_totals(self.collective, statistic.totals(), owners, like)
+
+    def eigenvalue_statistic(self, bases: Mapping[Key, list[Basis]]) -> EigenvalueStatistic:
+        """Return a new statistic of the eigenvalues in given bases."""
+        shapes = {name: p.shape for name, p in self.risk.params.items()}
+        return EigenvalueStatistic(self.plans, bases, shapes, lambda: self._num_vectors)
+
+    def decomposition_of(
+        self,
+        statistic: EigenvalueStatistic,
+        bases: Mapping[Key, list[Basis]],
+        scale: Tensor | float,
+        diagonals: dict[str, DiagonalLinearOperator],
+    ) -> dict[Key, list[Any]]:
+        """Return the eigenvalues and eigenvectors of each group, as :meth:`decomposed` does.
+
+        Args:
+            statistic: The squares of the data.
+            bases: The eigenvectors.
+            scale: The scale c of the loss.
+            diagonals: The blocks of parameters that are in no supported layer.
+        """
+        like = self.like
         totals = {plan.key: totals for plan, totals in statistic.totals()}
         result: dict[Key, list[Any]] = {}
-        for plan in plans:
+        for plan in self.plans:
             if plan.diagonal:
                 result[plan.key] = [diagonals[plan.key[0]]]
                 continue
-            groups = plan.format.groups if "W" in plan.group else 1
+            if not self._holds(plan.key):
+                continue
             result[plan.key] = []
-            for total, basis, rows in zip(
-                totals[plan.key],
-                bases[plan.key],
-                [rows for rows in plan.blocks for _ in range(groups)],
-                strict=True,
-            ):
-                height = plan.d_out if plan.format.is_norm else (rows[1] - rows[0]) // groups
-                values = like.new_zeros((height, plan.d_in) if plan.d_in else (height,))
+            triples = zip(totals[plan.key], bases[plan.key], plan.sizes, strict=True)
+            for total, basis, sizes in triples:
+                values = like.new_zeros(sizes)
                 if total is not None:
                     values = (total * scale).to(like.dtype)
                 result[plan.key].append((values, *basis))
@@ -106,6 +140,25 @@ class EKFACComputer(KFACComputer):
         return any(plan.d_in for plan in self.plans if plan.key == key)
 
 
+def basis_of(block: Any) -> tuple[list[Basis], list[list[int]]]:
+    """Return the eigenvectors of a block's parts, and the sizes of the factors of each."""
+    parts: list[Any] = list(block) if isinstance(block, BlockDiagonalLinearOperator) else [block]
+    bases: list[Basis] = []
+    sizes = []
+    for part in parts:
+        if isinstance(part, DiagonalLinearOperator):  # of parameters without factors
+            continue
+        decomposed = isinstance(part, EighDecomposedLinearOperator)
+        factors: list[Any] = list(part.eigenvectors if decomposed else part)
+        sizes.append([factor.shape[0] for factor in factors])
+        vectors = [
+            (f if isinstance(f, Tensor) else None) if decomposed else _eigenvectors(f, ("basis",))
+            for f in factors
+        ]
+        bases.append((vectors[0], vectors[1] if len(vectors) > 1 else None))
+    return bases, sizes
+
+
 def _eigenvectors(factor: Factor | None, key: Key) -> Tensor | None:
     """Return a factor's eigenvectors, None for a diagonal one."""
     if factor is None or isinstance(factor, DiagonalLinearOperator):
@@ -114,4 +167,4 @@ def _eigenvectors(factor: Factor | None, key: Key) -> Tensor | None:
     return _tensors.eigh(symmetric, name=f"the factor of {', '.join(key)}")[1]
 
 
-__all__ = ["EKFACComputer"]
+__all__ = ["EKFACComputer", "basis_of"]

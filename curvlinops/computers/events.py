@@ -10,7 +10,7 @@ to a statistic, of this package or of a user. The sum of outer products of the p
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -38,6 +38,28 @@ class Statistic(Protocol):
 
     def end_of_batch(self) -> None:
         """All vectors of a batch were back-propagated."""
+
+
+class Sums(Statistic, Protocol):
+    """A statistic of raw sums, to which those of other batches can be added."""
+
+    def merge(self, other: Any) -> None:
+        """Add what another statistic of this kind gathered; it must not be used any more."""
+
+    def scale(self, inputs: float, gradients: float) -> None:
+        """Multiply the sums of products of inputs, and those of products of gradients."""
+
+
+class Collector(Protocol):
+    """What runs a batch, and reports the events of its layers to a statistic."""
+
+    #: How often each usage occurred in this batch.
+    calls: dict[Usage, int]
+    #: Parameters that are used in other ways in this batch, and by which function.
+    other_uses: dict[str, str]
+
+    def backward(self, F: Tensor, vector: Tensor, last: bool) -> Any:
+        """Back-propagate a loss vector ``[m, C]`` from predictions; free the graph if the last."""
 
 
 class Pairs(Statistic):
@@ -96,4 +118,4 @@ class Pairs(Statistic):
         self._inputs = {}
 
 
-__all__ = ["Pairs", "Statistic"]
+__all__ = ["Collector", "Pairs", "Statistic", "Sums"]

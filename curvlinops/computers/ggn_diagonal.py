@@ -20,9 +20,10 @@ from curvlinops.computers.per_example import (
     Watch,
     check_same,
 )
+from curvlinops.distributed import collective_of
 from curvlinops.risk import Batch, EmpiricalRisk, Loss, loss_entry
 from curvlinops.risk.data import TermCounter
-from curvlinops.risk.model import ModelFunction
+from curvlinops.risk.model import ModelFunction, device_of, refuse_sharded
 
 # Entries of the gradients, and of the loss vectors, that are held at once. On a CPU, larger tensors
 # are slower: they do not fit into the cache, and their memory is taken from the system each time.
@@ -60,17 +61,22 @@ class GGNDiagonalComputer:
         seed: int = 2147483647,
         *,
         chunk_size: int | None = None,
+        process_group: Any = None,
     ):
-        self.mc_samples = as_integer("mc_samples", mc_samples, 0)
-        self._chunk_size = None if chunk_size is None else as_integer("chunk_size", chunk_size, 1)
-        self._random = RandomSource(seed)
-        self.loss: Loss = loss_entry(loss_func)[0]
-        if not self.loss.closed_form:
-            raise NotImplementedError(
-                f"{self.loss.name} has no closed form of its Hessian, which the diagonal of the "
-                "GGN needs: use nn.MSELoss, nn.CrossEntropyLoss or nn.BCEWithLogitsLoss, or add "
-                "the loss with register_loss."
-            )
+        collective = collective_of(process_group, device_of(params))
+        with collective.together():
+            self.mc_samples = as_integer("mc_samples", mc_samples, 0)
+            at_once = None if chunk_size is None else as_integer("chunk_size", chunk_size, 1)
+            self._chunk_size = at_once
+            self._random = RandomSource(seed)
+            self.loss: Loss = loss_entry(loss_func)[0]
+            if not self.loss.closed_form:
+                raise NotImplementedError(
+                    f"{self.loss.name} has no closed form of its Hessian, which the diagonal of "
+                    "the GGN needs: use nn.MSELoss, nn.CrossEntropyLoss or nn.BCEWithLogitsLoss, "
+                    "or add the loss with register_loss."
+                )
+            refuse_sharded("GGNDiagonalLinearOperator", model_func, params)
         self.risk = EmpiricalRisk(
             model_func,
             loss_func,
@@ -81,6 +87,8 @@ class GGNDiagonalComputer:
             num_data=num_data,
             batch_size_fn=batch_size_fn,
             needs_fixed_order=self.mc_samples > 0,
+            collective=collective,
+            purpose=f"GGNDiagonal, mc_samples={self.mc_samples}, seed={self._random.seed}",
         )
         self._examples = ExampleGradients(self.risk)
         self._plans: dict[Any, _Plan] = {}
@@ -92,8 +100,12 @@ class GGNDiagonalComputer:
         Returns:
             For each parameter name, the entries in the parameter's shape and dtype.
         """
-        counter = self.risk.term_counter()
-        sums = self.risk.sum_over_data(lambda batch: self._batch(batch, counter), "GGN diagonal")
+        counter = self.risk.term_counter() if self.mc_samples else TermCounter()
+        with torch.inference_mode(False):
+            like = list(_zeros(self._examples.theta).values())
+        sums = self.risk.sum_over_data(
+            lambda batch: self._batch(batch, counter), "GGN diagonal", like=like
+        )
         pairs = zip(self.risk.params.items(), sums, strict=True)
         with torch.inference_mode(False):
             return {name: total.to(p.dtype) for (name, p), total in pairs}

@@ -199,6 +199,19 @@ class GroupStatistic(Generic[G]):
             for examples in chunks(n, size * plan.d_in):
                 yield _tied_gradients(plan, events, v, examples, size)
 
+    # ---- sums of several passes ------------------------------------------------------------------
+    def merge(self, other: GroupStatistic[G]) -> None:
+        """Add what another statistic of the same groups gathered; it must not be used any more."""
+        for group, others in zip(self._groups, other._groups, strict=True):
+            for block, total in enumerate(others.totals):
+                if total is not None:
+                    group.add(block, total)
+
+    def scale(self, inputs: float, gradients: float) -> None:
+        """Multiply the sums of products of gradients, which all of them are."""
+        for group in self._groups:
+            group.totals = [None if total is None else total * gradients for total in group.totals]
+
     # ---- results ---------------------------------------------------------------------------------
     def totals(self) -> Iterator[tuple[GroupPlan, list[Tensor | None]]]:
         """Yield each group and the results for its blocks; None for those never called."""

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from curvlinops.computers._base import KFACComputer, Statistic
+from curvlinops.computers._base import Increment, KFACComputer, Statistic
+from curvlinops.computers.events import Sums
 from curvlinops.computers.hooks import HooksCollector
+from curvlinops.computers.training_step import TrainingStep
 from curvlinops.computers.usages import Usage
+from curvlinops.computers.vectors import check_terms
 from curvlinops.risk import Batch
+
+S = TypeVar("S", bound=Sums)
 
 
 class HooksKFACComputer(KFACComputer):
@@ -58,38 +64,66 @@ class HooksKFACComputer(KFACComputer):
         with self.risk.watching(), collector.listening(params, n):
             return self.risk.predict(params, X)
 
-    def _gather(self, statistic: Statistic, what: str, signs: str) -> Tensor | float:
-        """Pass over the data; see the base class."""
+    def _run(self, statistic: Statistic, batch: Batch) -> tuple[Tensor, HooksCollector]:
+        """Evaluate the model on a batch; see the base class."""
         collector = HooksCollector(
             self._arrangements, on_input=statistic.on_input, on_gradient=statistic.on_gradient
         )
-        counter = self.risk.term_counter()
+        prediction = self._listen(collector, batch.X, batch.n)
+        collector.other_uses |= self._scripted()
+        return prediction, collector
 
-        def visit(batch: Batch) -> Tensor | float:
-            self._look(batch)
-            prediction = self._listen(collector, batch.X, batch.n)
+    @contextmanager
+    def step(
+        self, make: Callable[[], S], X: Any, y: Any, loss_scale: float
+    ) -> Iterator[list[tuple[S, Increment]]]:
+        """Give the events of the user's own passes to a new statistic, which happen inside.
+
+        Args:
+            make: Makes the statistic, once it is known how the model uses its parameters.
+            X: The inputs.
+            y: The targets.
+            loss_scale: By what the user multiplies the loss.
+
+        Returns:
+            A list that in the end has the statistic, and what else the batch adds.
+        """
+        module = self.risk.model
+        assert module is not None
+        found: list[tuple[S, Increment]] = []
+        batches: list[Batch] = []
+
+        def look(batch: Batch) -> None:
+            self._look_anew(batch)
+            batches.append(batch)
+
+        self.risk.visit((X, y), look)
+        batch, normalizers = batches[0], []
+
+        def on_prediction(output: Any, collector: HooksCollector) -> None:
+            known = set(self.diagonal)
             self._note(collector.calls, {**collector.other_uses, **self._scripted()})
-            self._verify_shared(batch)
-            statistic.end_of_forward()
-            F, targets = self.loss.terms(prediction, batch.y)
-            for vector, last in _mark_last(self._vectors(batch, F, targets, counter, signs)):
-                collector.backward(F, vector, last)
-                statistic.end_of_backward()
-            statistic.end_of_batch()
+            if set(self.diagonal) != known:
+                raise RuntimeError(
+                    f"The parameters {sorted(set(self.diagonal) - known)} are used in other ways "
+                    "than by a single example: use update(X, y)."
+                )
+            F, targets = self.loss.terms(output.detach(), batch.y)
+            if check_terms(len(F), batch.n, self._num_per_example_loss_terms) > 1:
+                raise ValueError(
+                    "Examples have several loss terms, and a single backward pass mixes them: use "
+                    "update(X, y), which keeps them apart."
+                )
             with torch.no_grad():
-                return self.loss.normalizer(F.detach(), targets, batch.n)
+                normalizers.append(self.loss.normalizer(F, targets, batch.n))
 
-        return self.risk.for_each_batch(visit, what)
-
-
-def _mark_last(items: Iterator[Any]) -> Iterator[tuple[Any, bool]]:
-    """Yield (item, whether it is the last one)."""
-    iterator = iter(items)
-    try:
-        current = next(iterator)
-    except StopIteration:
-        return
-    for following in iterator:
-        yield current, False
-        current = following
-    yield current, True
+        self._num_vectors = 1
+        statistic = make()
+        params = self.risk.params
+        step = TrainingStep(module, params, self._arrangements, batch.n, on_prediction)
+        with step.listening(statistic):
+            yield found
+        (normalizer,) = normalizers
+        factor = normalizer if self.risk.reduction == "mean" else 1.0
+        statistic.scale(1.0, float(factor / loss_scale) ** 2)
+        found.append((statistic, Increment(batch.n, 0, normalizer)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -73,42 +72,18 @@ class MakeFxKFACComputer(KFACComputer):
             self._traces[key] = (trace, state)
         return trace
 
-    def _gather(self, statistic: Statistic, what: str, signs: str) -> Tensor | float:
-        """Pass over the data; see the base class."""
-        counter = self.risk.term_counter()
-        params = self.risk.params
-
-        def visit(batch: Batch) -> Tensor | float:
-            self._look(batch)
-            return self._visit(statistic, params, batch, counter, signs)
-
-        return self.risk.for_each_batch(visit, what)
-
-    def _visit(
-        self,
-        statistic: Statistic,
-        params: dict[str, Tensor],
-        batch: Batch,
-        counter: TermCounter,
-        signs: str,
-    ) -> Tensor | float:
-        """Give a statistic the events of a batch; return the loss's normalizer."""
+    def _run(self, statistic: Statistic, batch: Batch) -> tuple[Tensor, MakeFxCollector]:
+        """Evaluate the model on a batch; see the base class."""
         collector = MakeFxCollector(
             self._arrangements, on_input=statistic.on_input, on_gradient=statistic.on_gradient
         )
-        prediction = collector.forward(self._trace(batch.X), params, batch.X, batch.n)
-        self._note(collector.calls, collector.other_uses)
-        self._verify_shared(batch)
-        statistic.end_of_forward()
-        F, targets = self.loss.terms(prediction, batch.y)
-        vectors = self._vectors(batch, F, targets, counter, signs)
-        for vector, following in pairwise(chain(vectors, [None])):
-            assert vector is not None
-            collector.backward(F, vector, last=following is None)
-            statistic.end_of_backward()
-        statistic.end_of_batch()
-        with torch.no_grad():
-            return self.loss.normalizer(F.detach(), targets, batch.n)
+        trace = self._trace(batch.X)
+        return collector.forward(trace, self._tensors, batch.X, batch.n), collector
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        """The parameters at which the trace is evaluated."""
+        return self.risk.params
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,8 +124,12 @@ class OneBatch(KFACComputer):
     :meth:`given` sets them. The batch counts as all data.
     """
 
-    _visit: Callable[..., Tensor | float]
     _trace: Callable[[Any], Trace]
+
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        """The given parameters."""
+        return self._params
 
     def set_up(self) -> None:
         """Find out how the model uses its parameters."""
@@ -181,7 +160,7 @@ class OneBatch(KFACComputer):
 
     def _gather(self, statistic: Statistic, what: str, signs: str) -> Tensor | float:
         """Pass over the batch."""
-        normalizer = self._visit(statistic, self._params, self._batch, TermCounter(), signs)
+        normalizer = self._visit(statistic, self._batch, TermCounter(), signs)
         return 1.0 if self.risk.reduction == "sum" else 1 / normalizer
 
 

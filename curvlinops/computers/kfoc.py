@@ -18,6 +18,7 @@ from torch import Tensor
 
 from curvlinops._scalars import as_integer
 from curvlinops.computers._base import Key, KFACComputer, Statistic
+from curvlinops.computers.across_ranks import add_totals
 from curvlinops.computers.plan import GroupPlan
 from curvlinops.computers.positions import widened
 from curvlinops.computers.products import ProductStatistic
@@ -78,7 +79,7 @@ class KFOCComputer(KFACComputer):
             As :meth:`KFACComputer.blocks`.
         """
         self._look_at_all()
-        like = next(iter(self.risk.params.values())).detach()
+        like = self.like
         plans = self.plans
         searches = {plan.key: self._searches(plan, like) for plan in plans if plan.d_in}
         exact: dict[Key, list[Tensor | None]] = {
@@ -124,6 +125,7 @@ class KFOCComputer(KFACComputer):
         fisher_type, self.fisher_type = self.fisher_type, FisherType.FORWARD_ONLY
         try:
             self._gather(_Silent(), "KFOC layers", "signs")  # type: ignore[abstract]
+            self.share_uses()
         finally:
             self.fisher_type = fisher_type
 
@@ -134,6 +136,8 @@ class KFOCComputer(KFACComputer):
         shapes = {name: p.shape for name, p in self.risk.params.items()}
         statistic = ProductStatistic(plans, shapes, operands, adjoint, self.max_factor_size)
         scale = self._gather(statistic, "KFOC factors", "signs")
+        like = widened(self.like)
+        add_totals(self.collective, statistic.totals(), {}, like)
         return {plan.key: totals for plan, totals in statistic.totals()}, scale
 
     def _searches(self, plan: GroupPlan, like: Tensor) -> list[_Block]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 
 from torch import Tensor
 
@@ -51,6 +52,22 @@ class GroupPlan:
     def joint(self) -> bool:
         """Whether weight and bias are approximated together."""
         return len(self.group) == 2
+
+    @property
+    def size(self) -> int:
+        """The number of rows of the group's block."""
+        return sum(prod(sizes) for sizes in self.sizes)
+
+    @property
+    def sizes(self) -> list[list[int]]:
+        """The sizes of each block's factors: of the gradient factor, and of an input factor."""
+        groups = self.format.groups if "W" in self.group else 1
+        heights = [
+            self.d_out if self.format.is_norm else (stop - start) // groups
+            for start, stop in self.blocks
+            for _ in range(groups)
+        ]
+        return [[height, self.d_in] if self.d_in else [height] for height in heights]
 
     @property
     def name(self) -> str:

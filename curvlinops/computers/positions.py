@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from itertools import accumulate
 from math import prod
 from operator import mul
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,7 +168,7 @@ class Moment:
         width = d + (ones is not None)
         if self.total is None:
             self.total = rows.new_zeros(width, width)
-            self._size = _block_size(d)
+        self._size = self._size or _block_size(d)
         for start in range(0, d, self._size):
             stop = min(start + self._size, d)
             _add_product(self.total[start:stop, start:d], rows[:, start:stop].T, rows[:, start:])
@@ -184,6 +185,44 @@ class Moment:
             d = len(self.total) - 1
             self.total[d, :d] = self.total[:d, d]
         return self.total
+
+    def merge(self, other: Moment) -> None:
+        """Add another moment of the same rows, which may be changed."""
+        if other.total is None:
+            return
+        if self.total is None:
+            self._size = other._size
+        elif not self._size:
+            other.symmetric()
+        self.add(other.total, other.count)
+
+    def complete(self) -> None:
+        """Take what is below the diagonal for right: somebody has set it."""
+        self._size = 0
+
+    def state(self) -> dict[str, Any]:
+        """Return a copy of all there is, as tensors and plain values."""
+        total = self.symmetric()
+        return {
+            "diagonal": self.diagonal,
+            "groups": self.groups,
+            "count": self.count,
+            "total": None if total is None else total.clone(),
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any], device: torch.device) -> Moment:
+        """Return what :meth:`state` was called of, on a device."""
+        moment = cls(state["diagonal"], state["groups"])
+        if state["total"] is not None:
+            moment.add(state["total"].to(device), state["count"])
+        return moment
+
+    def scale(self, factor: float) -> None:
+        """Multiply sum and count, in place."""
+        self.count *= factor
+        if self.total is not None:
+            self.total.mul_(factor)
 
     def add(self, total: Tensor, count: float) -> None:
         """Add a sum of so many terms."""

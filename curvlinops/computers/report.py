@@ -11,6 +11,7 @@ from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.computers.plan import GroupPlan
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator
+from curvlinops.sharded import RemoteBlock
 
 
 def check_finite(names: tuple[str, ...], inputs: Any, gradients: Any) -> None:
@@ -85,6 +86,8 @@ def format_summary(report: dict[str, Any], blocks: list[Any]) -> str:
 
 def _describe_block(block: Any) -> str:
     """Return a block's factors as text."""
+    if isinstance(block, RemoteBlock):
+        return f"on rank(s) {', '.join(map(str, block.holders))}"
     if isinstance(block, BlockDiagonalLinearOperator):
         parts = [_describe_block(part) for part in block]
         kinds = dict.fromkeys(parts)
@@ -122,6 +125,8 @@ def _remarks(entry: dict[str, Any], block: Any) -> str:
     parts = block if isinstance(block, BlockDiagonalLinearOperator) else [block]
     if entry["diagonal"]:
         remarks.append("no supported layer: exact diagonal")
+    elif isinstance(block, RemoteBlock):
+        pass
     elif any(not isinstance(factor, Tensor) for part in parts for factor in _factors(part)):
         tokens = entry["tokens"]
         remarks.append(

@@ -180,6 +180,20 @@ class CovarianceStatistic:
         shape = self._shapes[usage.weight.name]
         return shape[0] if usage.weight.transposed else usage.format.widths(shape)[1]
 
+    # ---- sums of several passes ------------------------------------------------------------------
+    def merge(self, other: CovarianceStatistic) -> None:
+        """Add what another statistic gathered; it must not be used any more."""
+        for key, moment in other.moments.items():
+            if key in self.moments:
+                self.moments[key].merge(moment)
+            else:
+                self.moments[key] = moment
+
+    def scale(self, inputs: float, gradients: float) -> None:
+        """Multiply the sums of products of inputs, and those of products of gradients."""
+        for key, moment in self.moments.items():
+            moment.scale(inputs if key[0] == "input" else gradients)  # type: ignore[index]
+
     # ---- results ---------------------------------------------------------------------------------
     def factors(
         self,
@@ -218,20 +232,22 @@ class CovarianceStatistic:
 
     def last_uses(self, plans: Iterable[GroupPlan]) -> dict[Key, set[Hashable]]:
         """Return which of :attr:`moments` each of the groups, in this order, needs last."""
-        last = {key: plan.key for plan in plans for key in self._keys(plan)}
+        last = {key: plan.key for plan in plans for key in self.keys(plan)}
         result: dict[Key, set[Hashable]] = {}
         for key, plan_key in last.items():
             result.setdefault(plan_key, set()).add(key)
         return result
 
-    def _keys(self, plan: GroupPlan) -> list[Hashable]:
+    def keys(self, plan: GroupPlan) -> list[Hashable]:
         """Return the keys of the moments that the factors of a group depend on."""
+        if plan.diagonal:
+            return []
         keys = [
             key
             for rows in plan.blocks
             for key in (*self._gradient_keys(plan, rows), *self._input_keys(plan, rows))
         ]
-        return [*keys, *self._keys(self._as_embedding(plan))] if plan.tied else keys
+        return [*keys, *self.keys(self._as_embedding(plan))] if plan.tied else keys
 
     def _gradient_keys(self, plan: GroupPlan, rows: Rows) -> list[Hashable]:
         """Return the keys of the moments of the output gradients of a block."""

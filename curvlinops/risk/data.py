@@ -160,6 +160,13 @@ class BatchSource:
         return n
 
 
+class NoData:
+    """The data of a risk whose batches come one by one from outside: a pass over them is empty."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
 def without_inference(tensor: Tensor) -> Tensor:
     """Clone an inference tensor, which autograd refuses; to be called outside of inference mode.
 
@@ -207,6 +214,7 @@ def to_device(value: Any, device: torch.device) -> Any:
 __all__ = [
     "Batch",
     "BatchSource",
+    "NoData",
     "TermCounter",
     "fresh_mapping",
     "to_device",

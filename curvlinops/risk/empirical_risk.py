@@ -3,6 +3,7 @@ r"""The empirical risk: the only loop over the data, and the only place of the s
 from __future__ import annotations
 
 import operator
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from curvlinops.distributed import Collective
+from curvlinops.distributed import Collective, Share, add_shares
 from curvlinops.risk.data import Batch, BatchSource, TermCounter
 from curvlinops.risk.determinism import (
     PassRecord,
@@ -26,6 +27,7 @@ from curvlinops.risk.model import (
     ModelTraits,
     autograd_ready,
 )
+from curvlinops.risk.ranks import compare_operators, compare_params
 
 
 class EmpiricalRisk:
@@ -46,6 +48,10 @@ class EmpiricalRisk:
     Anything that is linear in the loss terms, such as the product of a curvature matrix and a
     vector, is a :meth:`sum_over_data`.
 
+    On several ranks, each has a part of the data (or none), and sums and counts are those of all.
+    All make the same calls in the same order; each pass ends in one all-reduce. An exception on one
+    rank is one on all, see :meth:`Collective.together`.
+
     At construction, there are two passes over the data with ``check_deterministic=True``, else one
     if ``num_data`` is not given (the model is not evaluated), else none. Neither construction nor
     any pass changes the state of the global random generators, or the user's module.
@@ -64,12 +70,15 @@ class EmpiricalRisk:
         batch_size_fn: Number of examples in an ``X``. Default: ``X.shape[0]``, for tensors only.
         needs_fixed_order: Whether the check is also for a fixed order of the data.
         collective: Communication with other processes. Default: there are none.
+        purpose: What the risk is for, such as an operator and its options. It must be the same on
+            all ranks.
 
     Raises:
         TypeError: If ``params`` is not a dictionary of tensors, or a prediction not a tensor.
         ValueError: If arguments do not fit together, or the data are empty or can be iterated only
             once.
-        RuntimeError: If the check finds that the risk is not deterministic.
+        RuntimeError: If the check finds that the risk is not deterministic; if ranks do not agree
+            on parameters, loss or options; if another rank failed.
         NotImplementedError: If an embedding has ``max_norm`` or ``scale_grad_by_freq``.
 
     Example:
@@ -97,17 +106,20 @@ class EmpiricalRisk:
         batch_size_fn: Callable[[Any], int] | None = None,
         needs_fixed_order: bool = False,
         collective: Collective | None = None,
+        purpose: str = "",
     ) -> None:
-        if num_data is not None and operator.index(num_data) <= 0:
-            raise ValueError(f"num_data must be positive, got {num_data}.")
-        self._functional = FunctionalModel(model_func, params)
-        self._source = BatchSource(data, self._functional.device, batch_size_fn)
+        self.collective = Collective() if collective is None else collective
         self.loss: Loss | None = None
         self.reduction = "sum"
         self._loss_func = loss_func
         self._loss_state: list[Any] | None = None
-        self._follow_loss()
-        self.collective = Collective() if collective is None else collective
+        with self.collective.together():
+            if num_data is not None and operator.index(num_data) <= 0:
+                raise ValueError(f"num_data must be positive, got {num_data}.")
+            self._functional = FunctionalModel(model_func, params)
+            self._source = BatchSource(data, self._functional.device, batch_size_fn)
+            self._follow_loss()
+            may_have_data = self._source.length != 0
         self.progressbar = progressbar
         #: Number of examples in the data of all ranks; None until a pass has counted them.
         self.num_data = num_data
@@ -118,7 +130,20 @@ class EmpiricalRisk:
         #: Shape of each batch's prediction, likewise.
         self.prediction_shapes: list[torch.Size] | None = None
 
-        if not self.collective.any(self._source.length != 0):
+        #: Number of loss terms on the ranks before this one; None until they are counted.
+        self._terms_before: int | None = 0 if self.collective.alone else None
+
+        compare_operators(
+            self.collective,
+            self._functional.params,
+            {
+                "operators": purpose,
+                "losses": None if self.loss is None else (self.loss.name, self.reduction),
+                "check_deterministic": (check_deterministic, needs_fixed_order),
+                "num_data": num_data,
+            },
+        )
+        if not self.collective.any(may_have_data):
             raise ValueError(_EMPTY)
         # A list cannot draw random numbers, and the check finds a model whose predictions depend on
         # those of NumPy or Python. Then products need not copy these states, which is slow.
@@ -127,8 +152,9 @@ class EmpiricalRisk:
             with preserved_rng(), autograd_ready(), torch.no_grad():
                 self._check_deterministic(needs_fixed_order)
         elif num_data is None:
-            with self.undisturbed():
-                self._verify_size(sum(batch.n for batch in self.batches("Counting data")))
+            with self.collective.together(), self.undisturbed():
+                counted = sum(batch.n for batch in self.batches("Counting data"))
+            self._verify_size(self._summed(counted))
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -223,10 +249,14 @@ class EmpiricalRisk:
     def term_counter(self) -> TermCounter:
         """Return a new counter for the indices of the loss terms in a pass.
 
-        On several ranks, the terms of all ranks are counted through, which needs the number of
-        terms of each: it is known after the check for determinism.
+        On several ranks, the terms of all ranks are counted through, in the order of the ranks. The
+        number of terms of each is known after the check for determinism. Without it, the first call
+        evaluates the model on all data, once.
         """
-        return TermCounter(self.collective.prefix(self.num_terms or 0))
+        if self._terms_before is None:
+            self._count_terms()
+        assert self._terms_before is not None
+        return TermCounter(self._terms_before)
 
     def for_each_batch(
         self, fn: Callable[[Batch], Tensor | float], desc: str = "Data"
@@ -244,18 +274,34 @@ class EmpiricalRisk:
         Raises:
             ValueError: If there are no data, or not as many as before.
         """
+        if not self.collective.alone:
+            return self._visit_on_all_ranks(fn, desc, _Sum(False), [])[0]
         if torch.compiler.is_compiling():  # the states of generators cannot be traced
             with torch.inference_mode(False), torch.enable_grad():
-                return self._visit(fn, desc)
+                return self._scale(self._visit(fn, desc)[1])
         self._follow_loss()
         with self.undisturbed():
-            return self._visit(fn, desc)
+            n, normalizer = self._visit(fn, desc)
+            self._verify_size(n)
+            return self._scale(normalizer)
+
+    def visit(self, element: Any, fn: Callable[[Batch], Any]) -> None:
+        """Do with one batch that is not among the data what a pass does with each of them.
+
+        Args:
+            element: A pair ``(X, y)``.
+            fn: Called with the batch on the device of the parameters. Gradients are enabled inside.
+        """
+        self._follow_loss()
+        with self.undisturbed():
+            fn(self._source.batch(element))
 
     def sum_over_data(
         self,
         fn: Callable[[Batch], tuple[list[Tensor], Tensor | float]],
         desc: str = "Data",
         scaled: bool = True,
+        like: list[Tensor] | None = None,
     ) -> list[Tensor]:
         r"""Sum something linear in the loss terms over all data, and multiply by the scale c.
 
@@ -265,6 +311,9 @@ class EmpiricalRisk:
                 Gradients are enabled inside.
             desc: What the progress bar says.
             scaled: Whether to multiply by c; else c is taken for 1.
+            like: Tensors of the shapes and dtypes of the result, which a rank without data cannot
+                know otherwise. Needed on several ranks; shapes and dtypes must be the same on all
+                of them: if not, they wait for each other until the process group's timeout.
 
         Returns:
             :math:`c \sum_b f(b)`, for each of the tensors that ``fn`` returns; detached if the
@@ -272,22 +321,31 @@ class EmpiricalRisk:
 
         Raises:
             ValueError: If there are no data, or not as many as before.
+            NotImplementedError: If gradients would have to be recorded through several ranks.
+            RuntimeError: If another rank failed.
         """
         recording = torch.is_grad_enabled()
         total = _Sum(recording)
 
         def add(batch: Batch) -> Tensor | float:
             summands, normalizer = fn(batch)
+            recorded = recording and any(t.requires_grad for t in summands)
+            if recorded and not self.collective.alone:
+                raise NotImplementedError(RECORDING)
             total.add(summands)
             return normalizer
 
-        scale = self.for_each_batch(add, desc)
+        if self.collective.alone:
+            scale, sums = self.for_each_batch(add, desc), total.tensors
+        else:
+            if like is None:
+                raise ValueError("like is needed: a rank without data does not know the shapes.")
+            scale, sums = self._visit_on_all_ranks(add, desc, total, like)
+            total.dtypes, total.owned = [t.dtype for t in like], True
         scale = scale if scaled else 1.0
-        sums = self.collective.sum(total.tensors)
-        dtypes = total.dtypes or [t.dtype for t in sums]  # a rank without data has no own ones
         with torch.inference_mode(False), torch.set_grad_enabled(recording):
             scaled_sums = [t.mul_(scale) if total.owned else scale * t for t in sums]
-            return [t.to(dtype) for t, dtype in zip(scaled_sums, dtypes, strict=True)]
+            return [t.to(dtype) for t, dtype in zip(scaled_sums, total.dtypes, strict=True)]
 
     def loss_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
         r"""Evaluate the loss and its gradient by reverse-mode differentiation.
@@ -311,12 +369,16 @@ class EmpiricalRisk:
             gradient = torch.autograd.grad(value, list(params.values()), materialize_grads=True)
             return [value.detach(), *gradient], loss.normalizer(F, targets, batch.n)
 
-        L, *gradient = self.sum_over_data(loss_and_gradient, "Loss and gradient")
+        with torch.inference_mode(False):
+            like = [torch.empty((), dtype=self.dtype), *self.params.values()]
+        L, *gradient = self.sum_over_data(loss_and_gradient, "Loss and gradient", like=like)
         return L, gradient
 
     def _elements(self, desc: str) -> Iterable[Any]:
         """Return the data, or a progress bar that iterates them."""
-        if not self.progressbar or torch.compiler.is_compiling():
+        # One bar is enough: ranks wait for one another.
+        shown = self.progressbar and self.collective.rank == 0
+        if not shown or torch.compiler.is_compiling():
             return self._source.data
         return tqdm(self._source.data, desc=desc, total=self._source.length)
 
@@ -329,29 +391,68 @@ class EmpiricalRisk:
             self.loss, self.reduction = loss_entry(self._loss_func)
             self._loss_state = state
 
-    def _visit(self, fn: Callable[[Batch], Tensor | float], desc: str) -> Tensor | float:
-        """Pass over the data and return the scale."""
+    def _visit(
+        self, fn: Callable[[Batch], Tensor | float], desc: str
+    ) -> tuple[int, Tensor | float]:
+        """Pass over the data of this rank; return its number of examples and the normalizer."""
         n = 0
         normalizer: Tensor | float = 0.0
         for element in self._elements(desc):
             batch = self._source.batch(element)
             normalizer = normalizer + _widened(fn(batch))
             n += batch.n
-        if not torch.compiler.is_compiling():  # reading a number back cannot be traced
-            self._verify_size(n)
+        return n, normalizer
+
+    def _visit_on_all_ranks(
+        self,
+        fn: Callable[[Batch], Tensor | float],
+        desc: str,
+        total: _Sum,
+        like: list[Tensor],
+    ) -> tuple[Tensor | float, list[Tensor]]:
+        """Pass over the data of all ranks; return the scale c and the sums of all ranks.
+
+        The sums of this rank are those that ``fn`` adds to ``total``. Exactly one all-reduce is
+        made, also if there is an exception on this rank.
+        """
+        _refuse_tracing()
+        share = Share()
+        try:
+            self._follow_loss()
+            with self.undisturbed():
+                n, normalizer = self._visit(fn, desc)
+            shapes = [t.shape for t in total.tensors]
+            if n and shapes != [t.shape for t in like]:
+                raise ValueError(f"Sums have the shapes {shapes}, not those of like.")
+            share = Share(total.tensors, n, float(normalizer))
+        except Exception as error:
+            if isinstance(error, torch.OutOfMemoryError):  # frees what the pass holds
+                traceback.clear_frames(error.__traceback__)
+            share.error = error
+            total.tensors.clear()
+        with torch.inference_mode(False), torch.no_grad():
+            shapes, dtypes = [t.shape for t in like], [t.dtype for t in like]
+            everybody = add_shares(self.collective, share, shapes, dtypes, self.device)
+            self._verify_size(everybody.num_examples)
+            denominator = torch.tensor(everybody.normalizer, dtype=torch.float64)
+            return self._scale(denominator.to(self.device)), everybody.tensors
+
+    def _scale(self, normalizer: Tensor | float) -> Tensor | float:
+        """Return the scale c, given the normalizer of all data."""
         if self.reduction == "sum":
             return 1.0
         if not isinstance(normalizer, Tensor):
             normalizer = torch.tensor(normalizer, dtype=torch.float64)
-        (total,) = self.collective.sum([normalizer])
-        return 1 / total  # a tensor: no terms give NaN, as in PyTorch, and not an exception
+        return 1 / normalizer  # a tensor: no terms give NaN, as in PyTorch, and not an exception
 
-    def _verify_size(self, n: int) -> None:
-        """Compare the number of examples in this rank's pass with what is known."""
-        if not self.collective.any(n > 0):
+    def _summed(self, count: int) -> int:
+        """Add a count over all ranks."""
+        return sum(n for (n,) in self.collective.exchange([count]))
+
+    def _verify_size(self, counted: int) -> None:
+        """Compare the number of examples in a pass (of all ranks) with what is known."""
+        if counted == 0:
             raise ValueError(_EMPTY)
-        (total,) = self.collective.sum([torch.tensor(n)])
-        counted = int(total)
         if self.num_data is None:
             self.num_data = counted
         elif self.num_data != counted:
@@ -360,28 +461,46 @@ class EmpiricalRisk:
                 "Correct num_data, or batch_size_fn; and do not change the data of an operator."
             )
 
+    def _count_terms(self) -> None:
+        """Find out the number of loss terms on the ranks before this one."""
+        _refuse_tracing()
+        if self.loss is None or not self.loss.closed_form:  # has no terms that could be counted
+            self._terms_before = 0
+            return
+        if self.num_terms is None:
+            with self.collective.together(), self.undisturbed():
+                self.num_terms = 0
+                for batch in self.batches("Counting loss terms"):
+                    terms = self.loss.terms(self.evaluate(batch.X), batch.y)[0]
+                    self.num_terms += terms.shape[0]
+        self._terms_before = self.collective.prefix(self.num_terms)
+
     def _check_deterministic(self, needs_fixed_order: bool) -> None:
-        """Compare two passes over the data."""
-        if self.model is not None:
-            refuse_random_layers(self.model)
-        first = self._record("Determinism check (1/2)")
-        self._verify_size(first.num_examples)
-        second = self._record("Determinism check (2/2)")
-        verdict = None
-        traits = self._functional.traits
-        if first.sizes and traits is not None:
-            verdict = compare_passes(
-                first,
-                second,
-                needs_fixed_order=needs_fixed_order,
-                eps=traits.eps,
-                draws_random=traits.random,
-                drop_last=bool(getattr(self._source.data, "drop_last", False)),
-            )
-        if self.collective.any(verdict is not None):
-            raise RuntimeError(verdict or "Another rank found that its risk is not deterministic.")
+        """Compare two passes over the data, and on several ranks the parameters' values."""
+        compare_params(self.collective, self.params)
+        with self.collective.together():
+            if self.model is not None:
+                refuse_random_layers(self.model)
+            first = self._record("Determinism check (1/2)")
+        self._verify_size(self._summed(first.num_examples))
+        with self.collective.together():
+            second = self._record("Determinism check (2/2)")
+            traits = self._functional.traits
+            if first.sizes and traits is not None:
+                verdict = compare_passes(
+                    first,
+                    second,
+                    needs_fixed_order=needs_fixed_order,
+                    eps=traits.eps,
+                    draws_random=traits.random,
+                    drop_last=bool(getattr(self._source.data, "drop_last", False)),
+                )
+                if verdict is not None:
+                    raise RuntimeError(verdict)
         if self.loss is not None and self.loss.closed_form:
             self.num_terms, self.batch_terms = sum(first.num_terms), first.num_terms
+            if not self.collective.alone:
+                self._count_terms()
         self.prediction_shapes = first.shapes
 
     def _record(self, desc: str) -> PassRecord:
@@ -429,6 +548,21 @@ def _widened(normalizer: Tensor | float) -> Tensor | float:
     return normalizer.to(torch.float32 if normalizer.device.type == "mps" else torch.float64)
 
 
+def _refuse_tracing() -> None:
+    """Refuse to be traced; where the compiler may break the graph, it then runs what is refused."""
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "Products over several ranks (process_group) cannot be compiled as one graph: compile "
+            "with fullgraph=False, which runs them without compilation, or do not compile them."
+        )
+
+
+#: Why a product over several ranks does not record gradients.
+RECORDING = (
+    "Products over several ranks (process_group) cannot be differentiated: record_gradients is not "
+    "supported. Build the operator without process_group, differentiate on each rank, and add the "
+    "gradients of all ranks."
+)
 _EMPTY = "data is empty: there is no batch. (Or it can be iterated only once: pass a list.)"
 
-__all__ = ["EmpiricalRisk"]
+__all__ = ["RECORDING", "EmpiricalRisk"]

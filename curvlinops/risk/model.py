@@ -79,7 +79,9 @@ class FunctionalModel:
     are clones, so that only clones are updated (for instance by BatchNorm in training mode).
 
     Args:
-        model_func: An ``nn.Module``, or a function ``(params, X) -> prediction``.
+        model_func: An ``nn.Module``, or a function ``(params, X) -> prediction``. A module in
+            ``DistributedDataParallel`` is used without it, lest it communicate; names may or may
+            not begin with ``"module."``.
         params: The parameters by name, on one device and of one floating point dtype. Names and
             shapes are those of the module; a tied parameter has any one of its names. Values may
             differ.
@@ -103,6 +105,7 @@ class FunctionalModel:
                 f"{type(model_func).__name__}."
             )
         _check_params(params)
+        model_func = _without_data_parallel(model_func, params)
         self._params = dict(params)
         self._has_inference_params = any(p.is_inference() for p in params.values())
         self._function = model_func
@@ -333,6 +336,73 @@ class FunctionalModel:
         if self.device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self.device))
         return states
+
+
+def device_of(params: Any) -> torch.device | None:
+    """Return the device of parameters; None if they are not what they should be."""
+    tensors = params.values() if isinstance(params, dict) else ()
+    return next((p.device for p in tensors if isinstance(p, Tensor)), None)
+
+
+def refuse_sharded(name: str, model_func: Any, params: Any) -> None:
+    """Refuse parameters of which each process has a part.
+
+    Args:
+        name: What cannot do with them.
+        model_func: The model.
+        params: The parameters by name.
+
+    Raises:
+        NotImplementedError: If parameters are ``DTensor``, or a part of the model is wrapped by
+            FSDP.
+    """
+    tensors = list(params.values()) if isinstance(params, dict) else []
+    layers = list(model_func.modules()) if isinstance(model_func, nn.Module) else []
+    tensors += [p for layer in layers for p in layer.parameters(recurse=False)]
+    # By name: to import FSDP takes long. fully_shard makes a module's class one of FSDPModule.
+    wrappers = {"FSDPModule", "FullyShardedDataParallel"}
+    wrapped = any(wrappers & {base.__name__ for base in type(layer).__mro__} for layer in layers)
+    if wrapped or any(type(p).__name__ == "DTensor" for p in tensors):
+        raise NotImplementedError(
+            f"{name} does not support parameters that are sharded by FSDP (DTensor): derivatives "
+            "with respect to shards do not exist. Gather the full parameters into a model without "
+            "FSDP (torch.distributed.checkpoint.state_dict.get_model_state_dict with "
+            "full_state_dict=True), and pass the process group as process_group; or use "
+            "KFACLinearOperator or EKFACLinearOperator with backend='hooks'."
+        )
+
+
+class _Unwrapped(nn.Module):
+    """Calls a module whose parameters have names as in ``DistributedDataParallel``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        return self.module(*args, **kwargs)
+
+
+def _without_data_parallel(model_func: ModelFunction, params: dict[str, Tensor]) -> ModelFunction:
+    """Return the module in ``DistributedDataParallel``, with the names that params have."""
+    if not isinstance(model_func, nn.Module):
+        return model_func
+    if isinstance(model_func, nn.parallel.DistributedDataParallel):
+        module: nn.Module = model_func.module
+        names = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        prefixed = {f"module.{name}" for name in names}
+        wrap = not names.issuperset(params) and prefixed.issuperset(params)
+        model_func = _Unwrapped(module) if wrap else module
+    for name, layer in model_func.named_modules():
+        if isinstance(layer, nn.parallel.DistributedDataParallel):
+            raise NotImplementedError(
+                f"The model has a DistributedDataParallel inside ({name!r}), which would "
+                "communicate in each prediction. Build the model around its .module, which shares "
+                "its parameters."
+            )
+    return model_func
 
 
 def tensors_and_flags(function: Any) -> list[Any]:
@@ -590,5 +660,7 @@ __all__ = [
     "ModelFunction",
     "ModelTraits",
     "autograd_ready",
+    "device_of",
+    "refuse_sharded",
     "tensors_and_flags",
 ]

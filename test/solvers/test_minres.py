@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -131,10 +132,11 @@ def scipy_steps(
     SciPy's own criterion is relative to ‖A‖ ‖x‖, so its iterates are taken instead.
     """
     steps: list[bool] = []
+    name = "rtol" if "rtol" in inspect.signature(scipy_minres).parameters else "tol"
     scipy_minres(
         matrix.numpy(),
         b.numpy(),
-        rtol=1e-14,
+        **{name: 1e-14},
         maxiter=4 * len(b),
         M=None if M is None else LinearOperator(M.shape, lambda v: M.numpy() @ v, dtype=float),
         x0=None if x0 is None else x0.numpy(),
