@@ -20,14 +20,17 @@ from curvlinops.computers.kfac_hooks import HooksKFACComputer
 from curvlinops.computers.positions import Moment
 from curvlinops.computers.statistics import CovarianceStatistic
 from curvlinops.diag import DiagonalLinearOperator
+from curvlinops.distributed import Collective
 from curvlinops.ekfac import EKFACLinearOperator
 from curvlinops.kfac import KFACLinearOperator
 from curvlinops.kfac_utils import FisherType, KFACType
 from curvlinops.risk.data import NoData
 from curvlinops.risk.model import ModelFunction
+from curvlinops.sharded import gathered
 
 S = TypeVar("S", bound=Sums)
 _FORMAT_VERSION = 1
+_TERMS = 2**40  # more loss terms than a rank will ever see
 
 
 class Accumulator(Generic[S]):
@@ -55,17 +58,19 @@ class Accumulator(Generic[S]):
         backend: str = "hooks",
         *,
         decay: float | None = None,
-        first_term: int = 0,
+        first_term: int | None = None,
         unsupported: str = "raise",
         loss_terms: str = "signs",
         max_factor_size: int = 8192,
+        process_group: Any = None,
+        worker_fraction: float = 1.0,
     ):
         backends = self._OPERATOR._BACKENDS
         if backend not in backends:
             raise ValueError(f"backend must be one of {sorted(backends)}, got {backend!r}.")
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, or None, got {decay}.")
-        if first_term < 0:
+        if first_term is not None and first_term < 0:
             raise ValueError(f"first_term must not be negative, got {first_term}.")
         self._computer: Any = backends[backend](
             model_func,
@@ -84,6 +89,8 @@ class Accumulator(Generic[S]):
             unsupported=unsupported,
             loss_terms=loss_terms,
             max_factor_size=max_factor_size,
+            process_group=process_group,
+            worker_fraction=worker_fraction,
         )
         self._arguments: dict[str, Any] = {
             "model_func": model_func,
@@ -96,7 +103,7 @@ class Accumulator(Generic[S]):
         #: The number of examples that were added.
         self.num_data = 0
         #: The index of the next loss term, which fixes its random numbers.
-        self.next_term = first_term
+        self.next_term = _TERMS * self._collective.rank if first_term is None else first_term
         self._sums: S | None = None
         self._diagonals: dict[str, Tensor] = {}
         self._normalizer: Tensor | float = 0.0
@@ -109,6 +116,10 @@ class Accumulator(Generic[S]):
 
     def _parts(self, sums: S, scale: Tensor | float, diagonals: Any) -> dict[Key, list[Any]]:
         """Return what the blocks of the operator are made of."""
+        raise NotImplementedError
+
+    def _add_over_ranks(self, sums: S) -> None:
+        """Add sums over the ranks, in place."""
         raise NotImplementedError
 
     def _encoded(self, sums: S) -> list[Any]:
@@ -236,23 +247,42 @@ class Accumulator(Generic[S]):
     def to_operator(self) -> Any:
         """Return the operator of all batches so far; more can be added afterwards.
 
+        With a process group it is that of the batches of all ranks, which all call this.
+
         Raises:
             RuntimeError: If no batch was added, or factors have non-finite values.
         """
-        if self._sums is None:
+        computer, collective = self._computer, self._collective
+        if not collective.any(self._sums is not None):
             raise RuntimeError("There are no data yet: call update(X, y) first.")
+        sums, normalizer, weight, raw = self._sums, self._normalizer, self._weight, self._diagonals
+        if not collective.alone:
+            computer.share_uses()
+            sums = self._new_sums() if sums is None else copy.deepcopy(sums)
+            self._add_over_ranks(sums)
+            weight = max(collective.gather(weight))
+            zeros = {n: torch.zeros_like(computer.risk.params[n]) for n in computer.diagonal}
+            own = torch.as_tensor(normalizer, dtype=torch.float64, device=collective.device)
+            normalizer, *added = collective.sum([own, *(zeros | raw).values()])
+            raw = dict(zip(zeros | raw, added, strict=True))
+        assert sums is not None
         scale: Tensor | float
-        if self._computer.risk.reduction == "mean":
-            scale = 1 / self._normalizer
+        if computer.risk.reduction == "mean":
+            scale = 1 / normalizer
         else:
-            scale = 1.0 if self.decay is None else 1 / self._weight
+            scale = 1.0 if self.decay is None else 1 / weight
         diagonals = {
             name: DiagonalLinearOperator([(d * scale).to(d.dtype).flatten()])
-            for name, d in self._diagonals.items()
+            for name, d in raw.items()
         }
         with torch.no_grad():
-            parts = self._parts(self._sums, scale, diagonals)
-        return self._OPERATOR._of(self._computer, parts)
+            parts = self._parts(sums, scale, diagonals)
+        return self._OPERATOR._of(computer, parts)
+
+    @property
+    def _collective(self) -> Collective:
+        collective: Collective = self._computer.collective
+        return collective
 
     def merge(self, other: Any) -> None:
         """Add the data of another accumulator, for the same parameters and with the same options.
@@ -385,7 +415,7 @@ class KFACAccumulator(Accumulator[CovarianceStatistic]):
     the bias towards the first zeros (Martens & Grosse, 2015). Batches of different size have the
     same weight.
 
-    Arguments up to ``batch_size_fn``, and ``unsupported`` to ``max_factor_size``, are those of
+    Arguments up to ``batch_size_fn``, and those not listed below, are those of
     :class:`~curvlinops.KFACLinearOperator`.
 
     Args:
@@ -393,7 +423,11 @@ class KFACAccumulator(Accumulator[CovarianceStatistic]):
         decay: The factor by which an update lowers the weight of those before it, at least 0 and
             below 1. None: all batches count the same, and together they are the data.
         first_term: The number of loss terms before the first one, for the same random numbers as
-            in a pass over all data, if these are split between accumulators.
+            in a pass over all data, if these are split between accumulators. Default: 0; on the
+            ranks of a process group, numbers that are far from one another.
+        process_group: A ``torch.distributed`` process group, whose ranks add batches of their own.
+            Only :meth:`to_operator` communicates.
+        worker_fraction: Which ranks hold a block, as for :class:`~curvlinops.KFACLinearOperator`.
 
     Example:
         >>> import torch
@@ -422,6 +456,9 @@ class KFACAccumulator(Accumulator[CovarianceStatistic]):
     ) -> dict[Key, list[Any]]:
         result: dict[Key, list[Any]] = self._computer.factors_of(sums, scale, diagonals)
         return result
+
+    def _add_over_ranks(self, sums: CovarianceStatistic) -> None:
+        self._computer.add_over_ranks(sums)
 
     def _encoded(self, sums: CovarianceStatistic) -> list[Any]:
         return [[encode(key), moment.state()] for key, moment in sums.moments.items()]
@@ -497,7 +534,7 @@ class EKFACAccumulator(Accumulator[EigenvalueStatistic]):
             raise ValueError(f"basis and params have different parameters: {missing}.")
         self._bases: dict[Key, list[Basis]] = {}
         self._sizes: dict[Key, list[list[int]]] = {}
-        for group, block in zip(groups, basis[1], strict=True):
+        for group, block in zip(groups, gathered(basis)[1], strict=True):
             key = tuple(group.values())
             self._bases[key], self._sizes[key] = basis_of(block)
 
@@ -518,6 +555,10 @@ class EKFACAccumulator(Accumulator[EigenvalueStatistic]):
             sums, self._bases, scale, diagonals
         )
         return result
+
+    def _add_over_ranks(self, sums: EigenvalueStatistic) -> None:
+        self._computer.assign({plan.key: [plan.key] for plan in self._computer.plans})
+        self._computer.add_totals_over_ranks(sums)
 
     def _encoded(self, sums: EigenvalueStatistic) -> list[Any]:
         return [

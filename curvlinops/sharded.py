@@ -120,7 +120,7 @@ class ShardedBlockDiagonalLinearOperator(BlockDiagonalLinearOperator):
                 [ranks[0] for ranks in self.holders],
             )
             for i, plain in sent.items():
-                if i not in own and self.collective.rank in self.holders[i]:
+                if self.collective.rank in self.holders[i]:
                     blocks[i] = _operator(plain)
         return self._like(blocks)
 
@@ -206,16 +206,10 @@ class ShardedBlockDiagonalLinearOperator(BlockDiagonalLinearOperator):
         """Return an operator that has all blocks and needs no other process; on all ranks."""
         with self.collective.together():
             own = {i: _plain(self._blocks[i]) for i in self._own()}
-        if not self._is_whole():
-            owners = [ranks[0] for ranks in self.holders]
-            plain = share(self.collective, own, owners)
-            blocks = [
-                _operator(plain[i]) if isinstance(block, RemoteBlock) else block
-                for i, block in enumerate(self._blocks)
-            ]
-        else:
-            blocks = self.blocks
-        return BlockDiagonalLinearOperator(blocks)
+        if self._is_whole():
+            return BlockDiagonalLinearOperator(self.blocks)
+        plain = share(self.collective, own, [ranks[0] for ranks in self.holders])
+        return BlockDiagonalLinearOperator([_operator(plain[i]) for i in range(len(self))])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise NotImplementedError(

@@ -479,19 +479,27 @@ class KFACComputer:
         self._outdated = self.collective.any(self._outdated or before != self._diagonal)
 
     def add_over_ranks(self, statistic: CovarianceStatistic) -> None:
-        """Add moments over the ranks, and choose which of them hold each block."""
+        """Add moments over the ranks, which choose who of them holds each block."""
         if self.collective.alone:
             return
-        plans, size = self.plans, self.collective.size
-        num_holders = max(1, round(self.worker_fraction * size))
-        keys = {plan.key: statistic.keys(plan) for plan in plans}
-        holders = assign(plans, keys, size, num_holders)
-        self._holders = {plan.key: h for plan, h in zip(plans, holders, strict=True)}
-        for plan in plans:
-            if plan.diagonal:
-                self._holders[plan.key] = list(range(size))
+        keys = {plan.key: statistic.keys(plan) for plan in self.plans}
+        self.assign(keys)
         owners = {key: self.only_holder(group) for group, all_ in keys.items() for key in all_}
         add_moments(self.collective, statistic.moments, owners, self.like)
+
+    def assign(self, keys: dict[Key, list[Hashable]]) -> None:
+        """Choose which ranks hold each block.
+
+        Args:
+            keys: By group: what it depends on. Those with something in common are held together.
+        """
+        plans, size = self.plans, self.collective.size
+        num_holders = max(1, round(self.worker_fraction * size))
+        holders = assign(plans, keys, size, num_holders)
+        self._holders = {
+            plan.key: list(range(size)) if plan.diagonal else ranks
+            for plan, ranks in zip(plans, holders, strict=True)
+        }
 
     def holders(self, key: Key) -> list[int]:
         """Return the ranks that hold a block, the one that decomposes it first."""

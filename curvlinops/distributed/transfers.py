@@ -58,7 +58,8 @@ def share(collective: Collective, items: dict[int, Any], owners: list[int]) -> d
         owners: The rank that has each.
 
     Returns:
-        All items.
+        All items. Those of this rank are made of contiguous tensors, too, as those of others are:
+        products with them have the same bits on all ranks.
     """
     if collective.alone:
         return items
@@ -71,7 +72,7 @@ def share(collective: Collective, items: dict[int, Any], owners: list[int]) -> d
         for i in numbers:
             layout = list(_layout(descriptions[i]))
             if rank == collective.rank:
-                tensors[i] = own[i]
+                tensors[i] = [t.contiguous() for t in own[i]]
             else:
                 device = collective.device
                 tensors[i] = [torch.empty(s, dtype=d, device=device) for s, d in layout]
@@ -82,8 +83,7 @@ def share(collective: Collective, items: dict[int, Any], owners: list[int]) -> d
                 for t, part in zip(bucket, split(buffer, [t.shape for t in bucket]), strict=True):
                     t.copy_(part)
         for i in numbers:
-            own_item = rank == collective.rank
-            result[i] = items[i] if own_item else restore(descriptions[i], iter(tensors[i]))
+            result[i] = restore(descriptions[i], iter(tensors[i]))
     return result
 
 

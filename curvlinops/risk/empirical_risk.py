@@ -3,6 +3,7 @@ r"""The empirical risk: the only loop over the data, and the only place of the s
 from __future__ import annotations
 
 import operator
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -254,7 +255,7 @@ class EmpiricalRisk:
         evaluates the model on all data, once.
         """
         if self._terms_before is None:
-            self._count_terms()
+            _uncompiled(self._count_terms)()
         assert self._terms_before is not None
         return TermCounter(self._terms_before)
 
@@ -275,7 +276,7 @@ class EmpiricalRisk:
             ValueError: If there are no data, or not as many as before.
         """
         if not self.collective.alone:
-            return self._visit_on_all_ranks(fn, desc, _Sum(False), [])[0]
+            return _uncompiled(self._visit_on_all_ranks)(fn, desc, _Sum(False), [])[0]
         if torch.compiler.is_compiling():  # the states of generators cannot be traced
             with torch.inference_mode(False), torch.enable_grad():
                 return self._scale(self._visit(fn, desc)[1])
@@ -340,7 +341,7 @@ class EmpiricalRisk:
         else:
             if like is None:
                 raise ValueError("like is needed: a rank without data does not know the shapes.")
-            scale, sums = self._visit_on_all_ranks(add, desc, total, like)
+            scale, sums = _uncompiled(self._visit_on_all_ranks)(add, desc, total, like)
             total.dtypes, total.owned = [t.dtype for t in like], True
         scale = scale if scaled else 1.0
         with torch.inference_mode(False), torch.set_grad_enabled(recording):
@@ -415,7 +416,6 @@ class EmpiricalRisk:
         The sums of this rank are those that ``fn`` adds to ``total``. Exactly one all-reduce is
         made, also if there is an exception on this rank.
         """
-        _refuse_tracing()
         share = Share()
         try:
             self._follow_loss()
@@ -463,16 +463,15 @@ class EmpiricalRisk:
 
     def _count_terms(self) -> None:
         """Find out the number of loss terms on the ranks before this one."""
-        _refuse_tracing()
         if self.loss is None or not self.loss.closed_form:  # has no terms that could be counted
             self._terms_before = 0
             return
         if self.num_terms is None:
+            counted = 0
             with self.collective.together(), self.undisturbed():
-                self.num_terms = 0
                 for batch in self.batches("Counting loss terms"):
-                    terms = self.loss.terms(self.evaluate(batch.X), batch.y)[0]
-                    self.num_terms += terms.shape[0]
+                    counted += self.loss.terms(self.evaluate(batch.X), batch.y)[0].shape[0]
+            self.num_terms = counted
         self._terms_before = self.collective.prefix(self.num_terms)
 
     def _check_deterministic(self, needs_fixed_order: bool) -> None:
@@ -548,13 +547,19 @@ def _widened(normalizer: Tensor | float) -> Tensor | float:
     return normalizer.to(torch.float32 if normalizer.device.type == "mps" else torch.float64)
 
 
-def _refuse_tracing() -> None:
-    """Refuse to be traced; where the compiler may break the graph, it then runs what is refused."""
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that communicates such that no part of it is compiled.
+
+    In a graph, it is refused; where the compiler may break the graph, it then runs what is refused.
+    """
     if torch.compiler.is_compiling():
         raise NotImplementedError(
             "Products over several ranks (process_group) cannot be compiled as one graph: compile "
             "with fullgraph=False, which runs them without compilation, or do not compile them."
         )
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to import it takes long
+        return torch.compiler.disable(function)
+    return function
 
 
 #: Why a product over several ranks does not record gradients.

@@ -1,0 +1,369 @@
+"""KFAC, EKFAC and KFOC of data on several ranks are those of one process with all data."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from process_ranks import Failure, Ranks
+from rank_cases import Case, make, part
+from torch import Tensor, nn
+
+from curvlinops import (
+    BlockDiagonalLinearOperator,
+    EKFACAccumulator,
+    EKFACLinearOperator,
+    KFACAccumulator,
+    KFACLinearOperator,
+    KFOCLinearOperator,
+)
+from curvlinops.computers.kfac_hooks import HooksKFACComputer
+from curvlinops.sharded import RemoteBlock, gathered
+
+#: First batches of the ranks but one: uneven parts, and a rank without data.
+CUTS = {2: [[1], [0], [4]], 3: [[0, 3], [2, 2]], 4: [[1, 2, 3], [0, 2, 2]]}
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "kfac": (KFACLinearOperator, {"fisher_type": "mc", "mc_samples": 2}),
+    "kfac-joint": (
+        KFACLinearOperator,
+        {"fisher_type": "type-2", "separate_weight_and_bias": False, "kfac_approx": "reduce"},
+    ),
+    "kfac-forward": (KFACLinearOperator, {"fisher_type": "forward-only"}),
+    "kfac-make_fx": (KFACLinearOperator, {"fisher_type": "empirical", "backend": "make_fx"}),
+    "ekfac": (EKFACLinearOperator, {"fisher_type": "mc"}),
+    "ekfac-joint": (
+        EKFACLinearOperator,
+        {"fisher_type": "empirical", "separate_weight_and_bias": False, "loss_terms": "exact"},
+    ),
+    "kfoc": (KFOCLinearOperator, {"fisher_type": "type-2"}),
+}
+
+
+def same(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    """Compare; the same bits are on all ranks."""
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * scale)
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, actual)
+    assert all(torch.equal(actual, other) for other in everybody)
+
+
+def network() -> Case:
+    """Several kinds of layers: channel groups, a normalisation, a joint block, a tied weight."""
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 2, groups=2)
+            self.norm = nn.LayerNorm(16)
+            self.wide = nn.Linear(16, 5)
+            self.square = nn.Linear(5, 5)
+            self.out = nn.Linear(5, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.wide(self.norm(torch.tanh(self.conv(x)).flatten(1))))
+            return self.out(torch.tanh(self.square(self.square(x))))
+
+    data = [(torch.rand(n, 2, 3, 3).double(), torch.randint(3, (n,))) for n in (2, 3, 1, 4)]
+    data[1][1][0] = -100
+    return Case(Net().double(), lambda reduction: nn.CrossEntropyLoss(reduction=reduction), data)
+
+
+def case_of(name: str) -> Case:
+    return network() if name == "network" else make(name)
+
+
+def check_everything(case_name: str, kind: str, fractions: tuple[float, ...]) -> None:
+    """The operator, its closed forms and what is made of it, for all cuts."""
+    cls, options = KINDS[kind]
+    case = case_of(case_name)
+    expected = case.operator(cls, **options)
+    dense = expected.to_dense()
+    tolerance = 1e-6 if kind == "kfoc" else 1e-9
+    size = dist.get_world_size()
+    for cut in CUTS[size]:
+        for fraction in fractions:
+            K = case.shared(cls, cut, **options, worker_fraction=fraction)
+            held = max(1, round(fraction * size))
+            blocks = list(K[1])
+            assert all(len(ranks) == held for ranks in K[1].holders)
+            here = sum(not isinstance(block, RemoteBlock) for block in blocks)
+            assert here == sum(dist.get_rank() in ranks for ranks in K[1].holders)
+            same(K.to_dense(), dense, tolerance)
+            same(K.trace(), expected.trace(), tolerance)
+            same(K.diagonal(), expected.diagonal(), tolerance)
+            same(K.frobenius_norm(), expected.frobenius_norm(), tolerance)
+            assert K.mapping == expected.mapping
+            assert K.shape == expected.shape and K.SELF_ADJOINT
+            same((2 * K + K).to_dense(), 3 * dense, tolerance)
+            same((K @ K).to_dense(), dense @ dense, tolerance)
+            same(copy.deepcopy(K).to_dense(), dense, tolerance)
+            if kind == "kfoc":  # with its tolerance, inverses differ too much
+                continue
+            for strategy in [{}, {"use_heuristic_damping": True}, {"use_exact_damping": True}]:
+                if strategy and kind.startswith("ekfac"):
+                    continue
+                inverse = K.inverse(1e-2, **strategy)
+                reference = expected.inverse(1e-2, **strategy)
+                same(inverse.to_dense(), reference.to_dense(), 1e-7)
+                same(inverse.logdet(), reference.logdet(), 1e-7)
+            by_block = K.inverse(lambda block: 1e-3 + block.trace() / block.shape[0])
+            reference = expected.inverse(lambda block: 1e-3 + block.trace() / block.shape[0])
+            same(by_block.to_dense(), reference.to_dense(), 1e-7)
+            shifted, reference = (A + 1e-2 * A**0 for A in (K, expected))
+            same(shifted.inverse_sqrt().to_dense(), reference.inverse_sqrt().to_dense(), 1e-7)
+            same(shifted.slogdet()[1], reference.slogdet()[1], 1e-7)
+            sample = shifted.sample(2, generator=torch.Generator().manual_seed(3), inverse=True)
+            assert sample.shape == (K.shape[0], 2)
+            local = gathered(inverse)
+            assert type(local[1]) is BlockDiagonalLinearOperator
+            assert not any(isinstance(block, RemoteBlock) for block in local[1])
+            same(local.to_dense(), inverse.to_dense())
+
+
+@pytest.mark.parametrize("kind", ["kfac", "kfac-joint", "ekfac"])
+def test_two_ranks(two: Ranks, kind: str) -> None:
+    """Catches: local denominators, samples of other terms, blocks that are mixed up, stale ones."""
+    two(check_everything, "network", kind, (1.0, 0.0))
+
+
+def test_kfoc(two: Ranks) -> None:
+    """All passes of KFOC see the data of all ranks."""
+    two(check_everything, "network", "kfoc", (1.0,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("case", ["network", "regression", "classification", "tokens"])
+def test_four_ranks(four: Ranks, case: str, kind: str) -> None:
+    """So it is for four ranks, one or two of them without data, and all kinds of operators."""
+    four(check_everything, case, kind, (1.0, 0.5, 0.0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_ranks(three: Ranks, kind: str) -> None:
+    """A fraction of the ranks that is no divisor."""
+    three(check_everything, "network", kind, (1.0, 0.6, 0.0))
+
+
+# --------------------------------------------------------------------------------------------------
+# What it costs
+# --------------------------------------------------------------------------------------------------
+@contextmanager
+def counted() -> Iterator[dict[str, float]]:
+    """Count the bytes that are handed to collectives, and the cost of decompositions."""
+    counts = {"bytes": 0.0, "cost": 0.0, "largest": 0.0}
+
+    def sent(*tensors: Tensor) -> None:
+        counts["bytes"] += sum(t.nbytes for t in tensors)
+
+    def decomposed(matrix: Tensor) -> None:
+        counts["cost"] += matrix.shape[-1] ** 3 * matrix.shape[:-2].numel()
+
+    def wrap(module: Any, name: str, note: Any) -> None:
+        original = getattr(module, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            note(*args, **kwargs)
+            return original(*args, **kwargs)
+
+        setattr(module, name, call)
+        undo.append((module, name, original))
+
+    undo: list[Any] = []
+    for name in ("all_reduce", "reduce"):
+        wrap(dist, name, lambda tensor, *args, **kwargs: sent(tensor))
+
+    def broadcast(tensor: Tensor, *, src: int, **kwargs: Any) -> None:
+        if src == dist.get_rank():
+            sent(tensor)
+
+    wrap(dist, "broadcast", broadcast)
+    wrap(dist, "all_gather", lambda everybody, tensor, **kwargs: sent(tensor))
+    wrap(dist, "all_gather_object", lambda everybody, own, **kwargs: sent(_pickled(own)))
+    for name in ("eigh", "cholesky", "cholesky_ex", "eigvalsh", "inv", "svd"):
+        wrap(torch.linalg, name, lambda matrix, *args, **kwargs: decomposed(matrix))
+    try:
+        yield counts
+    finally:
+        for module, name, original in undo:
+            setattr(module, name, original)
+
+
+def _pickled(value: Any) -> Tensor:
+    import pickle
+
+    return torch.empty(len(pickle.dumps(value)), dtype=torch.uint8)
+
+
+WIDTHS = (120, 200, 90, 160, 60, 10)
+
+
+def costs(kind: str, fraction: float) -> tuple[dict[str, float], dict[str, float], int]:
+    """Return the counts of construction and of the inverse, and how many blocks are here."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(i, o, bias=False) for i, o in itertools.pairwise(WIDTHS)]
+    model = nn.Sequential(*layers)
+    data = [(torch.rand(8, WIDTHS[0]), torch.rand(8, WIDTHS[-1])) for _ in range(4)]
+    case = Case(model, lambda reduction: nn.MSELoss(reduction=reduction), data)
+    cls, options = KINDS[kind]
+    cut = CUTS[dist.get_world_size()][0]
+    with counted() as construction:
+        K = case.shared(cls, cut, **options, worker_fraction=fraction)
+    with counted() as inverse:
+        I = K.inverse(1e-2)  # noqa: E741
+    here = sum(not isinstance(block, RemoteBlock) for block in I[1])
+    with counted() as product:
+        K @ torch.rand(K.shape[1])
+    held_by_all = fraction == 1.0
+    assert (product["bytes"] == 0) == held_by_all
+    return construction, inverse, here
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.0])
+def test_costs(two: Ranks, fraction: float) -> None:
+    """Half matrices are sent, and each rank decomposes its share.
+
+    Catches: whole matrices, everything decomposed everywhere, blocks in the order of layers.
+    """
+    triangle = 4 * sum(d * (d + 1) / 2 for i, o in itertools.pairwise(WIDTHS) for d in (i, o))
+    blocks = [i**3 + o**3 for i, o in itertools.pairwise(WIDTHS)]
+    kfac = two(costs, "kfac", fraction)
+    for construction, inverse, here in kfac:
+        assert triangle <= construction["bytes"] <= 1.1 * triangle
+        assert construction["cost"] == 0
+        assert inverse["cost"] <= sum(blocks) / 2 + max(blocks)
+        assert here == (len(blocks) if fraction == 1 else here)
+    assert sum(inverse["cost"] for _, inverse, _ in kfac) == sum(blocks)
+    if fraction == 0:  # what is stored is shared out, and no inverse is sent
+        assert sum(here for *_, here in kfac) == len(blocks)
+        assert all(inverse["bytes"] < 1000 for _, inverse, _ in kfac)
+    ekfac = two(costs, "ekfac", fraction)
+    assert sum(construction["cost"] for construction, *_ in ekfac) == sum(blocks)
+    for construction, *_ in ekfac:
+        assert construction["cost"] <= sum(blocks) / 2 + max(blocks)
+
+
+# --------------------------------------------------------------------------------------------------
+# Accumulators, computers, errors
+# --------------------------------------------------------------------------------------------------
+def check_accumulators(decay: float | None) -> None:
+    """Each rank adds its batches; the operator is that of all."""
+    case = network()
+    group = dist.group.WORLD
+    kwargs: dict[str, Any] = {"fisher_type": "type-2"}
+    args = (case.model, case.loss("mean"), case.params)
+    mine = part(case.data, [2])
+    K = case.operator(KFACLinearOperator, **kwargs)
+    for cls, extra in ((KFACAccumulator, ()), (EKFACAccumulator, (K,))):
+        accumulator = cls(*args, *extra, process_group=group, decay=decay, **kwargs)  # type: ignore[operator]
+        for X, y in mine:
+            accumulator.update(X, y)
+        operator = accumulator.to_operator()
+        again = accumulator.to_operator()  # which changes nothing
+        if decay is None:
+            expected: Any = cls(*args, *extra, **kwargs)  # type: ignore[operator]
+            for X, y in case.data:
+                expected.update(X, y)
+            same(operator.to_dense(), expected.to_operator().to_dense())
+        same(again.to_dense(), operator.to_dense(), 0.0)
+
+
+def test_accumulators(two: Ranks) -> None:
+    """Catches an accumulator that changes its own sums, or sums up some of them only."""
+    two(check_accumulators, None)
+    two(check_accumulators, 0.5)
+
+
+def check_computer() -> None:
+    """Computers give the factors of all data on each rank, or on the one that holds them."""
+    case = network()
+    expected = case.operator(HooksKFACComputer).compute()
+    inputs, gradients, mapping = case.shared(HooksKFACComputer, [1]).compute()
+    assert mapping == expected[2]
+    for actual, reference in ((inputs, expected[0]), (gradients, expected[1])):
+        assert list(actual) == list(reference)
+        for key in reference:
+            same(actual[key], reference[key])
+    inputs, gradients, _ = case.shared(HooksKFACComputer, [1], worker_fraction=0.0).compute()
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, list(gradients))
+    assert sorted(key for keys in everybody for key in keys) == sorted(expected[1])
+
+
+def test_computer(two: Ranks) -> None:
+    """The public computers take a process group, too."""
+    two(check_computer)
+
+
+def remote_messages() -> list[str]:
+    """Return what is said about blocks that are elsewhere."""
+    case = network()
+    K = case.shared(KFACLinearOperator, [1], worker_fraction=0.0)
+    messages = []
+    for block, ranks in zip(K[1], K[1].holders, strict=True):
+        if dist.get_rank() in ranks:
+            continue
+        for use in (lambda b: b @ torch.ones(b.shape[1]).double(), lambda b: b.trace()):
+            with pytest.raises(RuntimeError, match=r"stored on rank\(s\).*gathered") as caught:
+                use(block)
+            messages.append(str(caught.value))
+    with pytest.raises(NotImplementedError, match="gathered"):
+        torch.save(K, "/dev/null")
+    assert "on rank(s)" in K.summary()
+    return messages
+
+
+def test_remote_blocks(two: Ranks) -> None:
+    """A block that is elsewhere says where, and how to get it."""
+    assert all(two(remote_messages))
+
+
+def unsupported_on_one_rank() -> None:
+    case = network()
+    model = case.model
+    if dist.get_rank() == 1:  # where the model uses a parameter in another way
+        model.register_forward_hook(lambda m, x, y: y * m.out.weight.sum())
+    case.shared(KFACLinearOperator, [1], check_deterministic=False)
+
+
+def not_finite() -> None:
+    case = network()
+    if dist.get_rank() == 1:
+        part(case.data, [1])[0][0].fill_(float("nan"))
+    case.shared(KFACLinearOperator, [1], worker_fraction=0.0, check_deterministic=False)
+
+
+def indefinite() -> None:
+    case = network()
+    K = case.shared(KFACLinearOperator, [1], worker_fraction=0.0)
+    K.inverse(-1e9)
+    K.inverse(lambda block: 1.0 if dist.get_rank() == 0 else float("nan"))
+
+
+@pytest.mark.parametrize("failing", [unsupported_on_one_rank, not_finite, indefinite])
+def test_failures(two: Ranks, failing: Any) -> None:
+    """What one rank finds wrong ends in an error on all of them, well before the timeout."""
+    answers = two.answers(failing, timeout=60)
+    assert all(isinstance(answer, Failure) for answer in answers), answers
+    assert not any("timed out" in answer.message.lower() for answer in answers)
+    two.stop()
+
+
+def test_bad_arguments() -> None:
+    """Wrong arguments are refused in a single process."""
+    case = network()
+    with pytest.raises(TypeError, match="process_group must be"):
+        case.operator(KFACLinearOperator, process_group="all")
+    with pytest.raises(ValueError, match="worker_fraction must be between 0 and 1"):
+        case.operator(KFACLinearOperator, worker_fraction=2.0)
+    K = case.operator(KFACLinearOperator)
+    assert gathered(K) is K
