@@ -38,6 +38,7 @@ from curvlinops.kfac_utils import (
     FisherType,
     FromCanonicalLinearOperator,
     KFACType,
+    Precision,
     ToCanonicalLinearOperator,
 )
 from curvlinops.kfoc import KFOCLinearOperator
@@ -77,6 +78,7 @@ __all__ = [
     "NeumannInverseLinearOperator",
     "OuterProductLinearOperator",
     "PerExampleGradientLinearOperator",
+    "Precision",
     "PyTorchLinearOperator",
     "ShardSampler",
     "SubmatrixLinearOperator",

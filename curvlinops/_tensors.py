@@ -1,12 +1,13 @@
 """Dense linear algebra on one matrix: dtypes of decompositions, inverses, eigendecompositions.
 
 Matrices in bfloat16 or float16 are decomposed in float32, silently: LAPACK has nothing smaller.
-float32 goes to float64 only when a decomposition fails, with a warning.
+float32 goes to float64 only when a decomposition fails, with a warning. Eigendecompositions that
+still fail are tried on the CPU, and of the matrix plus small multiples of the identity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from warnings import warn
 
 import torch
@@ -19,6 +20,9 @@ _WIDER = {
 }
 _MAX_STACKED = 2**18  # entries; copying a larger matrix takes longer than a product of its own
 _DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+# What eigh adds to the diagonal as a last resort, in units of the largest entry, and subtracts from
+# the eigenvalues: the eigenvectors stay, and rounding is that of the largest entry with or without.
+_JITTERS = (1e-6, 1e-4, 1e-2)
 
 
 class NotHermitianError(ValueError):
@@ -41,6 +45,15 @@ def check_floating(tensor: Tensor, what: str) -> None:
         raise ValueError(f"{what} needs floating-point or complex numbers, got {tensor.dtype}.")
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Return whether there is neither NaN nor an infinity in a tensor, without memory for it."""
+    if not tensor.numel():
+        return True
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    # the extremes are NaN if any value is
+    return all(bool(extreme.isfinite()) for extreme in real.aminmax())
+
+
 def stacked(tensors: Sequence[Tensor]) -> Tensor | None:
     """Stack tensors to multiply them at once, or None if they are of several shapes or large."""
     if tensors[0].numel() > _MAX_STACKED or len({tensor.shape for tensor in tensors}) > 1:
@@ -57,8 +70,14 @@ def is_hermitian(matrix: Tensor) -> bool:
     # low precision they were accumulated in a wider dtype, and rounded once
     rounding, accumulating = (torch.finfo(m.dtype).eps for m in (matrix, wide))
     tolerance = 4 * rounding + 10 * accumulating * matrix.shape[0] ** 0.5
-    asymmetry = torch.linalg.matrix_norm(wide - wide.mH)
-    return bool(asymmetry <= tolerance * torch.linalg.matrix_norm(wide))
+    norm = torch.linalg.matrix_norm(wide)
+    limits = torch.finfo(wide.dtype)
+    if not limits.tiny**0.5 / limits.eps < norm.item() <= limits.max:  # or squares would underflow
+        largest = wide.abs().max() if wide.numel() else norm
+        if largest == 0 or not bool(largest.isfinite()):
+            return bool(largest == 0)
+        return is_hermitian(matrix / largest.to(matrix.dtype))
+    return bool(torch.linalg.matrix_norm(wide - wide.mH) <= tolerance * norm)
 
 
 def is_real(values: Tensor) -> bool:
@@ -95,8 +114,11 @@ def inverse(
         The inverse ``[d, d]`` in the matrix's dtype.
 
     Raises:
+        ValueError: If the matrix is not finite.
         RuntimeError: If the damped matrix is singular, or not positive definite where it must be.
     """
+    if not all_finite(matrix):  # the inverse of an infinite entry may be finite
+        raise ValueError(f"Cannot invert {name}: it has non-finite entries.")
     damped = add_to_diagonal(widened(matrix), damping)
     # rounding is that of the dtype before widening
     symmetric = is_hermitian(matrix) and not isinstance(_number(damping), complex)
@@ -137,11 +159,15 @@ def _try_inverse(matrix: Tensor, hermitian: bool) -> Tensor | None:
     else:
         result, info = torch.linalg.inv_ex(matrix)
         result = result if info.item() == 0 else None
-    return result if result is not None and bool(result.isfinite().all()) else None
+    return result if result is not None and all_finite(result) else None
 
 
 def eigh(matrix: Tensor, *, name: str, keep_wide: bool = False) -> tuple[Tensor, Tensor]:
     """Return eigenvalues ``[d]`` and eigenvectors ``[d, d]`` of a Hermitian matrix.
+
+    If the solver fails, or returns what is not finite, it is called again, until it succeeds: with
+    the matrix in double precision; there on the CPU; and with growing multiples of the identity
+    added, which are subtracted from the eigenvalues. One warning tells how it went.
 
     Args:
         matrix: Hermitian matrix ``[d, d]``.
@@ -154,27 +180,74 @@ def eigh(matrix: Tensor, *, name: str, keep_wide: bool = False) -> tuple[Tensor,
     Raises:
         ValueError: If the matrix is not finite.
         NotHermitianError: If it is not Hermitian.
+        RuntimeError: If nothing helps, or the eigenvalues overflow the matrix's dtype.
     """
-    wide = widened(matrix)
-    if not bool(wide.isfinite().all()):
+    if not all_finite(matrix):
         raise ValueError(f"Cannot eigendecompose {name}: it has non-finite entries.")
     if not is_hermitian(matrix):
         raise NotHermitianError(f"Cannot eigendecompose {name}: it is not Hermitian.")
-    try:
-        values, vectors = torch.linalg.eigh(wide)
-    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
-        if wide.dtype not in _DOUBLE:
-            raise
-        double = _DOUBLE[wide.dtype]
-        warn(
-            f"Eigendecomposing {name} failed in {wide.dtype}; retrying in {double}.",
-            stacklevel=2,
-        )
-        values, vectors = torch.linalg.eigh(matrix.to(double))
+    values, vectors = _try_until_decomposed(matrix, name)
     if keep_wide:
         return values, vectors
     real = matrix.real.dtype if matrix.is_complex() else matrix.dtype
-    return values.to(real), vectors.to(matrix.dtype)
+    narrow = values.to(real)
+    if not all_finite(narrow):
+        raise RuntimeError(
+            f"The eigenvalues of {name} overflow {real}: they are up to "
+            f"{values.abs().max().item():.1e}. Divide it by a number, or convert it with .to(...)."
+        )
+    return narrow, vectors.to(matrix.dtype)
+
+
+def _try_until_decomposed(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Return eigenvalues and eigenvectors by the first attempt that works; warn of a later one."""
+    failed: list[str] = []
+    error: RuntimeError | None = None
+    for how, attempt, shift in _attempts(matrix):
+        try:
+            values, vectors = torch.linalg.eigh(attempt)
+        except torch.OutOfMemoryError:  # which has nothing to do with the matrix's values
+            raise
+        except RuntimeError as raised:  # LinAlgError, or one of the solver's library
+            error = raised
+        else:
+            if all_finite(values) and all_finite(vectors):
+                if failed:
+                    warn(
+                        f"Eigendecomposing {name} failed {', '.join(failed)}; retrying {how} "
+                        "succeeded.",
+                        stacklevel=3,
+                    )
+                return (values - shift).to(matrix.device), vectors.to(matrix.device)
+        failed.append(how)
+    reason = f": {error}" if error else "."
+    raise torch.linalg.LinAlgError(  # type: ignore[attr-defined]  # it is a RuntimeError
+        f"Cannot eigendecompose {name}: its entries are finite, up to "
+        f"{matrix.abs().max().item():.1e}, but torch.linalg.eigh failed {', '.join(failed)}. "
+        f"Multiply it by a number so that its entries are around 1, or add a larger multiple of "
+        f"the identity. The last error{reason}"
+    ) from error
+
+
+def _attempts(matrix: Tensor) -> Iterator[tuple[str, Tensor, float]]:
+    """Yield how to decompose a matrix: in words, the matrix, and a shift of its eigenvalues."""
+    wide = widened(matrix)
+    how = f"in {wide.dtype}"
+    yield how, wide, 0.0
+    dtype, device = _DOUBLE.get(wide.dtype, wide.dtype), matrix.device.type
+    if dtype != wide.dtype:
+        how = f"in {dtype}"
+        if device != "mps":  # which has no double precision
+            wide = matrix.to(dtype)
+            yield how, wide, 0.0
+    if device != "cpu":
+        how += " on the CPU"
+        wide = matrix.cpu().to(dtype)
+        yield how, wide, 0.0
+    largest = wide.abs().max().item() or 1.0
+    for jitter in _JITTERS:
+        shift = jitter * largest
+        yield f"{how} with {shift:.1e} added to the diagonal", add_to_diagonal(wide, shift), shift
 
 
 def negligible(values: Tensor, size: int) -> float | Tensor:
@@ -272,11 +345,10 @@ def pinv(matrix: Tensor, rtol: float | None, *, name: str) -> Tensor:
         ValueError: If the matrix is not finite, or the cutoff makes no sense.
     """
     cutoff = relative_cutoff(rtol, max(matrix.shape), matrix.dtype)
-    wide = widened(matrix)
-    if not bool(wide.isfinite().all()):
+    if not all_finite(matrix):
         raise ValueError(f"Cannot invert {name}: it has non-finite entries.")
     if not is_hermitian(matrix):
-        return torch.linalg.pinv(wide, rtol=cutoff).to(matrix.dtype)
+        return torch.linalg.pinv(widened(matrix), rtol=cutoff).to(matrix.dtype)
     values, vectors = eigh(matrix, name=name, keep_wide=True)
     largest = values.abs().max() if values.numel() else 0.0
     return recompose(reciprocals(values, cutoff * largest), vectors).to(matrix.dtype)

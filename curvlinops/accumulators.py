@@ -23,7 +23,7 @@ from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.distributed import Collective
 from curvlinops.ekfac import EKFACLinearOperator
 from curvlinops.kfac import KFACLinearOperator
-from curvlinops.kfac_utils import FisherType, KFACType
+from curvlinops.kfac_utils import FisherType, KFACType, Precision
 from curvlinops.risk.data import NoData
 from curvlinops.risk.model import ModelFunction
 from curvlinops.sharded import gathered
@@ -64,6 +64,7 @@ class Accumulator(Generic[S]):
         max_factor_size: int = 8192,
         process_group: Any = None,
         worker_fraction: float = 1.0,
+        precision: Precision | None = None,
     ):
         backends = self._OPERATOR._BACKENDS
         if backend not in backends:
@@ -91,6 +92,7 @@ class Accumulator(Generic[S]):
             max_factor_size=max_factor_size,
             process_group=process_group,
             worker_fraction=worker_fraction,
+            precision=precision,
         )
         self._arguments: dict[str, Any] = {
             "model_func": model_func,
@@ -266,13 +268,14 @@ class Accumulator(Generic[S]):
             normalizer, *added = collective.sum([own, *(zeros | raw).values()])
             raw = dict(zip(zeros | raw, added, strict=True))
         assert sums is not None
+        like = computer.like
         scale: Tensor | float
         if computer.risk.reduction == "mean":
             scale = 1 / normalizer
         else:
             scale = 1.0 if self.decay is None else 1 / weight
         diagonals = {
-            name: DiagonalLinearOperator([(d * scale).to(d.dtype).flatten()])
+            name: DiagonalLinearOperator([(d * scale).to(like.device, like.dtype).flatten()])
             for name, d in raw.items()
         }
         with torch.no_grad():

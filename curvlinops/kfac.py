@@ -15,9 +15,10 @@ from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.computers._base import Key, KFACComputer
 from curvlinops.computers.kfac_hooks import HooksKFACComputer
 from curvlinops.computers.kfac_make_fx import MakeFxKFACComputer
+from curvlinops.computers.memory import MemoryPlan
 from curvlinops.computers.report import check_finite, describe_groups, format_summary
 from curvlinops.curvature import CurvatureLinearOperator
-from curvlinops.kfac_utils import FisherType, FromCanonicalLinearOperator, KFACType
+from curvlinops.kfac_utils import FisherType, FromCanonicalLinearOperator, KFACType, Precision
 from curvlinops.kronecker import KroneckerProductLinearOperator
 from curvlinops.risk.model import ModelFunction
 from curvlinops.sharded import RemoteBlock, ShardedBlockDiagonalLinearOperator
@@ -85,6 +86,11 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
             one), as KAISA's fraction of gradient workers (Pauloski et al., 2021). 1: each rank has
             all blocks, and multiplies without communication. 0: each block is on one rank, which
             sends what it multiplies to the others. See :func:`curvlinops.sharded.gathered`.
+        precision: In which dtypes factors are computed, decomposed and stored, and on which device,
+            see :class:`~curvlinops.Precision`.
+        memory_budget: Bytes that factors, decompositions and the inputs and gradients of a layer
+            may take, besides model and batch. What does not fit into one pass over the data is
+            computed in several, after one that looks at the layers; see :meth:`plan`.
 
     Raises:
         NotImplementedError: If parameters are used in other ways (see ``unsupported``), or the
@@ -137,6 +143,8 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         max_factor_size: int = 8192,
         process_group: Any = None,
         worker_fraction: float = 1.0,
+        precision: Precision | None = None,
+        memory_budget: int | None = None,
     ):
         if backend not in self._BACKENDS:
             raise ValueError(f"backend must be one of {sorted(self._BACKENDS)}, got {backend!r}.")
@@ -160,8 +168,48 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
             max_factor_size=max_factor_size,
             process_group=process_group,
             worker_fraction=worker_fraction,
+            precision=precision,
+            memory_budget=memory_budget,
         )
         self._build(computer, self._compute(computer))
+
+    @classmethod
+    def plan(cls, *args: Any, backend: str = "hooks", **kwargs: Any) -> MemoryPlan:
+        """Return how many bytes the operator takes, by group of parameters, before it is computed.
+
+        The data are looked at once, without back-propagation.
+
+        Args:
+            args: As for the operator.
+            backend: As for the operator.
+            kwargs: As for the operator. With a ``memory_budget``, the plan has its passes.
+
+        Returns:
+            The plan; ``print`` it to see a table.
+
+        Raises:
+            ValueError: If a single layer does not fit into the budget.
+
+        Example:
+            >>> import torch
+            >>> from curvlinops import KFACLinearOperator
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 2))
+            >>> data = [(torch.rand(4, 20), torch.tensor([0, 1, 0, 1]))]
+            >>> params = dict(model.named_parameters())
+            >>> args = (model, nn.CrossEntropyLoss(), params, data)
+            >>> print(KFACLinearOperator.plan(*args))
+            parameters  factors  decompositions   stored  working set  pass
+            ----------  -------  --------------  -------  -----------  ----
+            0.weight    5.1 KiB         5.1 KiB  5.1 KiB        800 B     1
+            0.bias      3.5 KiB         3.5 KiB  3.5 KiB        480 B     1
+            2.weight    3.5 KiB         3.5 KiB  3.5 KiB        512 B     1
+            2.bias         16 B            16 B     16 B         32 B     1
+            stored 12.1 KiB, at most 12.9 KiB meanwhile, in 1 pass
+        """
+        if backend not in cls._BACKENDS:
+            raise ValueError(f"backend must be one of {sorted(cls._BACKENDS)}, got {backend!r}.")
+        return cls._BACKENDS[backend](*args, **kwargs).memory()
 
     def _compute(self, computer: Any) -> dict[Key, list[Any]]:
         """Pass over the data; return what the blocks of each group are made of."""
@@ -179,7 +227,7 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         """Set up the operator."""
         plans = computer.plans
         shapes = {name: p.shape for name, p in computer.risk.params.items()}
-        device, dtype = computer.risk.device, computer.risk.dtype
+        device, dtype = computer.like.device, computer.like.dtype
         mapping, layouts = computer.mapping, [plan.layout for plan in plans]
         P = FromCanonicalLinearOperator(shapes, mapping, device, dtype, layouts)
         options = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum, EnumMeta
 from math import prod
 from typing import Any
@@ -65,6 +66,50 @@ class KFACType(_Option):
 
     EXPAND = "expand"
     REDUCE = "reduce"
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In which precision, and where, Kronecker factors are computed, decomposed and stored.
+
+    To invert KFAC in another precision, convert it: ``K.to(torch.float64).inverse(1e-8)``.
+
+    Attributes:
+        factors: The dtype in which products of inputs and of gradients are formed and added up.
+            None: the model's, but at least float32.
+        decompositions: The dtype in which EKFAC decomposes factors. None: that of the factors.
+        storage: The dtype of the operator's tensors, and of the vectors that it multiplies. None:
+            the model's.
+        device: Where the operator's tensors are, for instance ``"cpu"`` for a model on a GPU. Each
+            factor moves there when it is done. None: the model's.
+
+    Example:
+        >>> import torch
+        >>> from curvlinops import EKFACLinearOperator, Precision
+        >>> model = torch.nn.Linear(3, 2).to(torch.bfloat16)
+        >>> data = [(torch.rand(4, 3).to(torch.bfloat16), torch.tensor([0, 1, 0, 1]))]
+        >>> params = dict(model.named_parameters())
+        >>> precision = Precision(decompositions=torch.float64, storage=torch.float32)
+        >>> E = EKFACLinearOperator(
+        ...     model, torch.nn.CrossEntropyLoss(), params, data, precision=precision
+        ... )
+        >>> E.dtype
+        torch.float32
+    """
+
+    factors: torch.dtype | None = None
+    decompositions: torch.dtype | None = None
+    storage: torch.dtype | None = None
+    device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse dtypes in which nothing can be decomposed."""
+        for name in ("factors", "decompositions"):
+            dtype = getattr(self, name)
+            if dtype not in (None, torch.float32, torch.float64):
+                raise ValueError(f"{name} must be torch.float32 or torch.float64, got {dtype}.")
+        if self.storage is not None and not self.storage.is_floating_point:
+            raise ValueError(f"storage must be a floating point dtype, got {self.storage}.")
 
 
 # --------------------------------------------------------------------------------------------------

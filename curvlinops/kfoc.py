@@ -13,7 +13,7 @@ from curvlinops.computers.kfoc import check_accuracy
 from curvlinops.computers.kfoc_hooks import HooksKFOCComputer
 from curvlinops.computers.kfoc_make_fx import MakeFxKFOCComputer
 from curvlinops.kfac import KFACLinearOperator
-from curvlinops.kfac_utils import FisherType, KFACType
+from curvlinops.kfac_utils import FisherType, KFACType, Precision
 from curvlinops.risk.model import ModelFunction
 
 
@@ -123,6 +123,8 @@ class KFOCLinearOperator(KFACLinearOperator):
         max_factor_size: int = 8192,
         process_group: Any = None,
         worker_fraction: float = 1.0,
+        precision: Precision | None = None,
+        memory_budget: int | None = None,
         max_iter: int = 100,
         tol: float | None = None,
     ):
@@ -148,6 +150,8 @@ class KFOCLinearOperator(KFACLinearOperator):
             max_factor_size=max_factor_size,
             process_group=process_group,
             worker_fraction=worker_fraction,
+            precision=precision,
+            memory_budget=memory_budget,
         )
 
     def _compute(self, computer: Any) -> dict[Key, list[Any]]:

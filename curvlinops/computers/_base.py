@@ -11,11 +11,14 @@ from torch import Tensor
 
 from curvlinops._random import RandomSource
 from curvlinops._scalars import as_integer
-from curvlinops.computers.across_ranks import add_moments, assign, known_to_any
+from curvlinops.computers.across_ranks import add_moments, assign, connected, known_to_any
 from curvlinops.computers.arrangement import Arrangements
+from curvlinops.computers.encoding import decode, encode
 from curvlinops.computers.events import Collector, Statistic
 from curvlinops.computers.ggn_diagonal import GGNDiagonalComputer
 from curvlinops.computers.layers import LAYERS
+from curvlinops.computers.listeners import Measure, Precise, Selected
+from curvlinops.computers.memory import MemoryPlan, memory_of, split_into_passes
 from curvlinops.computers.per_example import first_examples, structure
 from curvlinops.computers.plan import GroupPlan, MisfitError, plan_groups
 from curvlinops.computers.statistics import CovarianceStatistic, Factor
@@ -23,7 +26,7 @@ from curvlinops.computers.usages import Usage
 from curvlinops.computers.vectors import check_terms, loss_vectors, num_vectors
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.distributed import collective_of
-from curvlinops.kfac_utils import FisherType, KFACType, ParamGroup
+from curvlinops.kfac_utils import FisherType, KFACType, ParamGroup, Precision
 from curvlinops.risk import Batch, EmpiricalRisk, Loss, loss_entry
 from curvlinops.risk.data import TermCounter
 from curvlinops.risk.model import FunctionalModel
@@ -80,6 +83,8 @@ class KFACComputer:
         max_factor_size: int = 8192,
         process_group: Any = None,
         worker_fraction: float = 1.0,
+        precision: Precision | None = None,
+        memory_budget: int | None = None,
     ):
         self.fisher_type = FisherType(fisher_type)
         self.kfac_approx = KFACType(kfac_approx)
@@ -102,6 +107,12 @@ class KFACComputer:
         if not 0 <= worker_fraction <= 1:
             raise ValueError(f"worker_fraction must be between 0 and 1, got {worker_fraction}.")
         self.worker_fraction = float(worker_fraction)
+        self.precision = Precision() if precision is None else precision
+        if not isinstance(self.precision, Precision):
+            raise TypeError(f"precision must be a Precision, got {type(precision).__name__}.")
+        self.memory_budget = (
+            None if memory_budget is None else as_integer("memory_budget", memory_budget, 1)
+        )
         self.mc_samples = mc_samples
         self.loss_terms = loss_terms
         self.max_factor_size = max_factor_size
@@ -115,6 +126,7 @@ class KFACComputer:
         self._seen: set[Any] = set()  # structures of batches
         self._recording = False  # whether a statistic has got events
         self._outdated = False  # whether they were others if it was known what is known now
+        self._largest_batch = 0
         self._num_vectors = 1  # that are back-propagated for a batch
         self._holders: dict[Key, list[int]] = {}  # the ranks that hold each block, its owner first
         device = FunctionalModel(model_func, params).device  # raises if they do not fit
@@ -149,6 +161,9 @@ class KFACComputer:
             batch_size_fn=batch_size_fn,
             collective=self.collective,
         )
+
+    #: Whether the operator holds eigenvectors and eigenvalues, rather than factors.
+    decomposes = False
 
     # ---- what a backend implements ---------------------------------------------------------------
     def _check_model(self, model_func: Any) -> None:
@@ -200,6 +215,8 @@ class KFACComputer:
         self, statistic: Statistic, batch: Batch, counter: TermCounter, signs: str
     ) -> Tensor | float:
         """Give a statistic the events of one batch; return the loss's normalizer."""
+        statistic = self._precise(statistic)
+        self._largest_batch = max(self._largest_batch, batch.n)
         prediction, collector = self._run(statistic, batch)
         self._note(collector.calls, collector.other_uses)
         self._verify_shared(batch)
@@ -213,6 +230,13 @@ class KFACComputer:
         statistic.end_of_batch()
         with torch.no_grad():
             return self.loss.normalizer(F.detach(), targets, batch.n)
+
+    def _precise(self, statistic: Statistic) -> Statistic:
+        """Return what hands over events in the wanted precision, without autocast."""
+        kind, dtype = self.risk.device.type, self.precision.factors
+        if dtype is None and not torch.is_autocast_enabled(kind):
+            return statistic
+        return Precise(statistic, dtype, kind)
 
     # ---- the stream of events --------------------------------------------------------------------
     def stream(self, statistic: Statistic) -> float:
@@ -397,8 +421,15 @@ class KFACComputer:
 
     @property
     def like(self) -> Tensor:
-        """An empty tensor of the parameters' device and dtype."""
-        return torch.empty(0, device=self.risk.device, dtype=self.risk.dtype)
+        """An empty tensor of the device and dtype in which factors are stored."""
+        device = self.risk.device if self.precision.device is None else self.precision.device
+        return torch.empty(0, device=device, dtype=self.precision.storage or self.risk.dtype)
+
+    @property
+    def raw(self) -> Tensor:
+        """An empty tensor of the device and dtype in which factors are computed."""
+        dtype = self.precision.factors or torch.promote_types(self.risk.dtype, torch.float32)
+        return torch.empty(0, device=self.risk.device, dtype=dtype)
 
     @property
     def usages(self) -> list[Usage]:
@@ -425,6 +456,7 @@ class KFACComputer:
             self.max_factor_size,
             self.separate_weight_and_bias,
             frozenset(self._diagonal),  # that more are found must not show within a pass
+            self.precision.factors,
         )
 
     def _vectors(
@@ -450,23 +482,100 @@ class KFACComputer:
         )
 
     def blocks(self) -> dict[Key, list[tuple[Factor, Factor | None]]]:
-        """Compute the factors in one pass over the data.
+        """Compute the factors in one pass over the data, or a few if the memory is limited.
 
         Returns:
             For each group, by the tuple of its parameters' names: the pairs of gradient and input
             factor of its blocks (one for each channel group, or part of a weight). A bias alone and
             a normalisation layer have no input factor. Groups that other ranks hold are missing.
         """
+        result: dict[Key, list[tuple[Factor, Factor | None]]] = {}
+        for part in self.parts():
+            result |= self.factors(part)
+        result |= {(name,): [(block, None)] for name, block in self._diagonal_blocks().items()}
+        return {plan.key: result[plan.key] for plan in self.plans if plan.key in result}
+
+    def factors(
+        self, part: list[Key] | None, raw: bool = False
+    ) -> dict[Key, list[tuple[Factor, Factor | None]]]:
+        """Compute the factors of some groups in one pass over the data.
+
+        Args:
+            part: The groups. None: all.
+            raw: Whether the factors stay where they were computed, in the same dtype.
+        """
+        statistic, scale = self._moments(part)
+        self.add_over_ranks(statistic)
+        plans = [plan for plan in self.plans if part is None or plan.key in part]
+        held = [plan for plan in plans if self._holds(plan.key)]
+        return self.factors_of(statistic, scale, {}, statistic.last_uses(held), plans, raw)
+
+    def _moments(self, keys: list[Key] | None) -> tuple[CovarianceStatistic, Tensor | float]:
+        """Pass over the data; return the moments for some groups, or all, and the loss's scale."""
+        plans = self.plans
+        usages = {u for plan in plans if plan.key in (keys or ()) for u in plan.all_usages}
         self._outdated = True
         while self._outdated:  # a later batch may show that other parameters have factors
             self._outdated = self._recording = False
             statistic = self.new_statistic()
-            scale = self._gather(statistic, "KFAC factors", "signs")
+            listener = statistic if keys is None else Selected(statistic, usages)
+            scale = self._gather(listener, "KFAC factors", "signs")
             self.share_uses()
-        self.add_over_ranks(statistic)
-        diagonals = self._diagonal_blocks()
-        held = (plan for plan in self.plans if self._holds(plan.key) and not plan.diagonal)
-        return self.factors_of(statistic, scale, diagonals, statistic.last_uses(held))
+        if keys is not None and self.plans != plans:
+            raise RuntimeError(
+                "The model, or the data, have changed between two passes: parameters are used in "
+                "other ways than before."
+            )
+        return statistic, scale
+
+    # ---- memory ----------------------------------------------------------------------------------
+    def look_at_all(self) -> Measure:
+        """See all batches, without back-propagation, to know how the model uses its parameters."""
+        measure = Measure()
+        fisher_type, self.fisher_type = self.fisher_type, FisherType.FORWARD_ONLY
+        try:
+            self._gather(measure, "Layers", "signs")
+            self.share_uses()
+        finally:
+            self.fisher_type = fisher_type
+        return measure
+
+    def memory(self) -> MemoryPlan:
+        """Look at all batches, and return how much memory is needed for each group."""
+        measure, plans = self.look_at_all(), self.plans
+        names = list(measure.num_positions)
+        seen = self.collective.gather(
+            ([encode(u) for u in names], list(measure.num_positions.values()), self._largest_batch)
+        )
+        num_positions: dict[Usage, int] = {}
+        for codes, numbers, _ in seen:
+            for code, number in zip(codes, numbers, strict=True):
+                usage = decode(code)
+                num_positions[usage] = max(num_positions.get(usage, 0), number)
+        rows = [
+            memory_of(
+                plan,
+                num_positions,
+                batch_size=max(largest for *_, largest in seen),
+                itemsizes=(self.risk.dtype.itemsize, self.raw.itemsize, self.like.itemsize),
+                max_factor_size=self.max_factor_size,
+                counts_tokens=self.counts_tokens,
+                decomposed=self.decomposes,
+            )
+            for plan in plans
+        ]
+        statistic = self.new_statistic()
+        units = connected([set(statistic.keys(plan)) for plan in plans])
+        offloads = self.like.device != self.raw.device
+        passes = split_into_passes(rows, units, self.memory_budget, offloads)
+        return MemoryPlan(rows, passes, offloads)
+
+    def parts(self) -> list[list[Key] | None]:
+        """Return the groups of each pass over the data; None for all, whichever they are."""
+        if self.memory_budget is None:
+            return [None]
+        memory = self.memory()
+        return [[memory.rows[i].names for i in part] for part in memory.passes]
 
     # ---- data on several ranks -------------------------------------------------------------------
     def share_uses(self) -> None:
@@ -521,6 +630,8 @@ class KFACComputer:
         scale: Tensor | float,
         diagonals: dict[str, DiagonalLinearOperator],
         last: dict[Key, set[Hashable]] | None = None,
+        plans: list[GroupPlan] | None = None,
+        raw: bool = False,
     ) -> dict[Key, list[tuple[Factor, Factor | None]]]:
         """Return the factors of each group, as :meth:`blocks` does.
 
@@ -529,17 +640,20 @@ class KFACComputer:
             scale: The scale c of the loss.
             diagonals: The blocks of parameters that are in no supported layer.
             last: By group: keys of moments that may become its factors. Others are copied.
+            plans: The groups; None for all.
+            raw: Whether factors stay where they were computed, in the same dtype.
         """
-        like = self.like
+        like = self.raw if raw else self.like
         identity = self.fisher_type is FisherType.FORWARD_ONLY
         last = {} if last is None else last
-        return {
-            plan.key: [(diagonals[plan.key[0]], None)]
-            if plan.diagonal
-            else statistic.factors(plan, scale, like, identity, last.get(plan.key, frozenset()))
-            for plan in self.plans
-            if self._holds(plan.key)
-        }
+        result: dict[Key, list[tuple[Factor, Factor | None]]] = {}
+        for plan in self.plans if plans is None else plans:
+            if plan.diagonal and plan.key[0] in diagonals:
+                result[plan.key] = [(diagonals[plan.key[0]], None)]
+            elif not plan.diagonal and self._holds(plan.key):
+                owned = last.get(plan.key, set())
+                result[plan.key] = statistic.factors(plan, scale, like, identity, owned)
+        return result
 
     def _diagonal_blocks(self) -> dict[str, DiagonalLinearOperator]:
         """Return the exact diagonal of the GGN for parameters that are in no supported layer."""
@@ -553,7 +667,10 @@ class KFACComputer:
             num_data=self.risk.num_data,
         )
         entries = computer.compute()
-        return {name: DiagonalLinearOperator([d.flatten()]) for name, d in entries.items()}
+        return {
+            name: DiagonalLinearOperator([d.flatten().to(self.like.device, self.like.dtype)])
+            for name, d in entries.items()
+        }
 
     def compute(self) -> tuple[dict[Key, Any], dict[Key, Any], list[ParamGroup]]:
         """Compute the factors in one pass over the data.

@@ -45,7 +45,7 @@ def assign(
         size: The number of ranks.
         num_holders: The number of ranks that hold a block.
     """
-    units = _connected([set(keys[plan.key]) for plan in plans])
+    units = connected([set(keys[plan.key]) for plan in plans])
     costs = [
         sum(width**3 for i in unit for widths in plans[i].sizes for width in widths)
         for unit in units
@@ -60,7 +60,7 @@ def assign(
     return holders
 
 
-def _connected(sets: Sequence[set[Hashable]]) -> list[list[int]]:
+def connected(sets: Sequence[set[Hashable]]) -> list[list[int]]:
     """Return the numbers of sets, those that have something in common together."""
     units: list[tuple[set[Hashable], list[int]]] = []
     for i, keys in enumerate(sets):
@@ -109,7 +109,7 @@ def add_moments(
     sums = Sums(collective)
     for key, (shape, dtype, diagonal, groups) in described.items():
         if key not in moments:
-            moments[key] = Moment(diagonal, groups)
+            moments[key] = Moment(diagonal, groups, dtype)
         moment = moments[key]
         moment.count = counts[key]
         if moment.total is None:
@@ -165,4 +165,4 @@ def _described(moment: Moment) -> tuple[Any, ...]:
     return moment.count, tuple(total.shape), total.dtype, moment.diagonal, moment.groups
 
 
-__all__ = ["add_moments", "add_totals", "assign", "known_to_any"]
+__all__ = ["add_moments", "add_totals", "assign", "connected", "known_to_any"]

@@ -62,7 +62,7 @@ class EigenvalueStatistic(GroupStatistic[_Group]):
         groups = [
             _Group(plan, [None] * len(bases[plan.key]), bases=bases[plan.key])
             for plan in plans
-            if not plan.diagonal
+            if not plan.diagonal and plan.key in bases
         ]
         super().__init__(plans, groups, shapes)
 

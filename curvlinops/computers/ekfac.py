@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from curvlinops import _tensors
@@ -12,7 +13,6 @@ from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.computers._base import Key, KFACComputer, stacked
 from curvlinops.computers.across_ranks import add_totals
 from curvlinops.computers.eigenvalues import Basis, EigenvalueStatistic
-from curvlinops.computers.positions import widened
 from curvlinops.computers.report import check_finite
 from curvlinops.computers.statistics import Factor
 from curvlinops.diag import DiagonalLinearOperator
@@ -35,10 +35,20 @@ class EKFACComputer(KFACComputer):
                 "EKFAC needs gradients: fisher_type='forward-only' is one of KFAC's only."
             )
 
-    def bases(self) -> dict[Key, list[Basis]]:
-        """Compute KFAC's factors, and return their eigenvectors; None for a diagonal factor."""
-        blocks = self.blocks()
-        keys = [plan.key for plan in self.plans]
+    decomposes = True
+
+    def bases(self, part: list[Key] | None = None) -> dict[Key, list[Basis]]:
+        """Compute KFAC's factors, and return their eigenvectors; None for a diagonal factor.
+
+        Args:
+            part: The groups whose eigenvectors are wanted. None: all.
+        """
+        blocks = self.factors(part, raw=True)
+        keys = [
+            plan.key
+            for plan in self.plans
+            if not plan.diagonal and (part is None or plan.key in part)
+        ]
         own: dict[int, list[Basis]] = {}
         with self.collective.together():
             for i, key in enumerate(keys):
@@ -47,12 +57,12 @@ class EKFACComputer(KFACComputer):
                 own[i] = []
                 for B, A in blocks.pop(key):
                     check_finite(key, A, B)
-                    own[i].append((_eigenvectors(B, key), _eigenvectors(A, key)))
+                    own[i].append((self._eigenvectors(B, key), self._eigenvectors(A, key)))
         found = share(self.collective, own, [self.holders(key)[0] for key in keys])
         return {key: found[i] for i, key in enumerate(keys)}
 
     def decomposed(self) -> dict[Key, list[Any]]:
-        """Compute eigenvectors and eigenvalues in two passes over the data.
+        """Compute eigenvectors and eigenvalues in two passes over the data, or a few times two.
 
         Returns:
             For each group, by the tuple of its parameters' names, its blocks: eigenvalues
@@ -61,22 +71,30 @@ class EKFACComputer(KFACComputer):
             not exist). For parameters in no supported layer, a diagonal
             operator instead.
         """
-        bases = self.bases()
-        statistic = self.eigenvalue_statistic(bases)
-        scale = self._gather(statistic, "EKFAC eigenvalues", "eigenvalue-signs")
-        self.add_totals_over_ranks(statistic)
-        return self.decomposition_of(statistic, bases, scale, self._diagonal_blocks())
+        result: dict[Key, list[Any]] = {}
+        for part in self.parts():
+            bases = self.bases(part)
+            statistic = self.eigenvalue_statistic(bases)
+            scale = self._gather(statistic, "EKFAC eigenvalues", "eigenvalue-signs")
+            self.add_totals_over_ranks(statistic)
+            result |= self.decomposition_of(statistic, bases, scale, {})
+        for name, block in self._diagonal_blocks().items():
+            result[name,] = [block]
+        return {plan.key: result[plan.key] for plan in self.plans if plan.key in result}
 
     def add_totals_over_ranks(self, statistic: EigenvalueStatistic) -> None:
         """Add sums of squares over the ranks."""
-        like = widened(self.like)
         owners = {plan.key: self.only_holder(plan.key) for plan in self.plans}
-        add_totals(self.collective, statistic.totals(), owners, like)
+        add_totals(self.collective, statistic.totals(), owners, self.raw)
 
     def eigenvalue_statistic(self, bases: Mapping[Key, list[Basis]]) -> EigenvalueStatistic:
         """Return a new statistic of the eigenvalues in given bases."""
         shapes = {name: p.shape for name, p in self.risk.params.items()}
         return EigenvalueStatistic(self.plans, bases, shapes, lambda: self._num_vectors)
+
+    def _eigenvectors(self, factor: Factor | None, key: Key) -> Tensor | None:
+        """Return a factor's eigenvectors, None for a diagonal one."""
+        return _eigenvectors(factor, key, self.precision.decompositions)
 
     def decomposition_of(
         self,
@@ -97,18 +115,18 @@ class EKFACComputer(KFACComputer):
         totals = {plan.key: totals for plan, totals in statistic.totals()}
         result: dict[Key, list[Any]] = {}
         for plan in self.plans:
-            if plan.diagonal:
+            if plan.diagonal and plan.key[0] in diagonals:
                 result[plan.key] = [diagonals[plan.key[0]]]
-                continue
-            if not self._holds(plan.key):
+            if plan.diagonal or plan.key not in totals or not self._holds(plan.key):
                 continue
             result[plan.key] = []
             triples = zip(totals[plan.key], bases[plan.key], plan.sizes, strict=True)
             for total, basis, sizes in triples:
                 values = like.new_zeros(sizes)
                 if total is not None:
-                    values = (total * scale).to(like.dtype)
-                result[plan.key].append((values, *basis))
+                    values = (total * scale).to(like.device, like.dtype)
+                stored = [None if Q is None else Q.to(like.device, like.dtype) for Q in basis]
+                result[plan.key].append((values, *stored))
         return result
 
     def compute(  # type: ignore[override]
@@ -159,12 +177,16 @@ def basis_of(block: Any) -> tuple[list[Basis], list[list[int]]]:
     return bases, sizes
 
 
-def _eigenvectors(factor: Factor | None, key: Key) -> Tensor | None:
-    """Return a factor's eigenvectors, None for a diagonal one."""
+def _eigenvectors(
+    factor: Factor | None, key: Key, dtype: torch.dtype | None = None
+) -> Tensor | None:
+    """Return a factor's eigenvectors, None for a diagonal one; computed in a dtype."""
     if factor is None or isinstance(factor, DiagonalLinearOperator):
         return None
-    symmetric = (factor + factor.mT) / 2  # up to rounding it is
-    return _tensors.eigh(symmetric, name=f"the factor of {', '.join(key)}")[1]
+    wide = factor if dtype is None else factor.to(dtype)
+    symmetric = (wide + wide.mT) / 2  # up to rounding it is
+    vectors: Tensor = _tensors.eigh(symmetric, name=f"the factor of {', '.join(key)}")[1]
+    return vectors.to(factor.dtype)
 
 
 __all__ = ["EKFACComputer", "basis_of"]

@@ -51,7 +51,7 @@ class _OneBatchEKFACComputer(OneBatch, MakeFxEKFACComputer):
 
     _bases: dict[Key, list[Basis]]
 
-    def bases(self) -> dict[Key, list[Basis]]:
+    def bases(self, part: list[Key] | None = None) -> dict[Key, list[Basis]]:
         """Return the given bases."""
         return self._bases
 

@@ -249,7 +249,7 @@ def _norm_gradients(plan: GroupPlan, events: list[Event]) -> Tensor:
         gradient = widened(event.gradient)
         if "W" in parts and event.usage.weight is not None:
             assert event.positions is not None
-            inputs = widened(event.positions.expanded())
+            inputs = event.positions.expanded().to(gradient.dtype)
             parts["W"] = parts["W"] + torch.einsum("nsd, vnsd -> vnd", inputs, gradient)
         if "b" in parts and event.usage.bias is not None:
             parts["b"] = parts["b"] + gradient.sum(2)

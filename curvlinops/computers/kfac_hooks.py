@@ -121,7 +121,7 @@ class HooksKFACComputer(KFACComputer):
         statistic = make()
         params = self.risk.params
         step = TrainingStep(module, params, self._arrangements, batch.n, on_prediction)
-        with step.listening(statistic):
+        with step.listening(self._precise(statistic)):
             yield found
         (normalizer,) = normalizers
         factor = normalizer if self.risk.reduction == "mean" else 1.0

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from curvlinops._scalars import as_integer
-from curvlinops.computers._base import Key, KFACComputer, Statistic
+from curvlinops.computers._base import Key, KFACComputer
 from curvlinops.computers.across_ranks import add_totals
 from curvlinops.computers.plan import GroupPlan
 from curvlinops.computers.positions import widened
@@ -64,6 +64,8 @@ class KFOCComputer(KFACComputer):
             raise ValueError(
                 f"KFOC needs fisher_type='type-2' or 'mc', got {str(self.fisher_type)!r}."
             )
+        if self.memory_budget is not None:
+            raise ValueError("KFOC searches for all blocks at once: it has no memory_budget.")
         self.loss_terms = "exact"
         self.num_passes = 0
 
@@ -78,8 +80,8 @@ class KFOCComputer(KFACComputer):
         Returns:
             As :meth:`KFACComputer.blocks`.
         """
-        self._look_at_all()
-        like = self.like
+        self.look_at_all()
+        like = self.raw
         plans = self.plans
         searches = {plan.key: self._searches(plan, like) for plan in plans if plan.d_in}
         exact: dict[Key, list[Tensor | None]] = {
@@ -114,20 +116,11 @@ class KFOCComputer(KFACComputer):
                 result[plan.key] = [(diagonals[plan.key[0]], None)]
             elif plan.d_in:
                 result[plan.key] = [
-                    self._factors(block, float(scale), like) for block in searches[plan.key]
+                    self._factors(block, float(scale), self.like) for block in searches[plan.key]
                 ]
             else:
-                result[plan.key] = self._exact(plan, exact[plan.key], scale, like)
+                result[plan.key] = self._exact(plan, exact[plan.key], scale, self.like)
         return result
-
-    def _look_at_all(self) -> None:
-        """See all batches, without back-propagation, to know how the model uses its parameters."""
-        fisher_type, self.fisher_type = self.fisher_type, FisherType.FORWARD_ONLY
-        try:
-            self._gather(_Silent(), "KFOC layers", "signs")  # type: ignore[abstract]
-            self.share_uses()
-        finally:
-            self.fisher_type = fisher_type
 
     def _products(
         self, plans: Sequence[GroupPlan], operands: dict[Key, list[Tensor | None]], adjoint: bool
@@ -136,8 +129,7 @@ class KFOCComputer(KFACComputer):
         shapes = {name: p.shape for name, p in self.risk.params.items()}
         statistic = ProductStatistic(plans, shapes, operands, adjoint, self.max_factor_size)
         scale = self._gather(statistic, "KFOC factors", "signs")
-        like = widened(self.like)
-        add_totals(self.collective, statistic.totals(), {}, like)
+        add_totals(self.collective, statistic.totals(), {}, self.raw)
         return {plan.key: totals for plan, totals in statistic.totals()}, scale
 
     def _searches(self, plan: GroupPlan, like: Tensor) -> list[_Block]:
@@ -164,7 +156,7 @@ class KFOCComputer(KFACComputer):
             if total is None:  # never called
                 result.append((self._zeros(stop - start, like), None))
             else:
-                result.append((_as_factor((total * scale).to(like.dtype)), None))
+                result.append((_as_factor((total * scale).to(like.device, like.dtype)), None))
         return result
 
     def _factors(self, block: _Block, scale: float, like: Tensor) -> tuple[Factor, Factor]:
@@ -174,7 +166,7 @@ class KFOCComputer(KFACComputer):
             return self._zeros(block.d_out, like), self._zeros(block.d_in, like)
         root = (scale * search.sigma) ** 0.5
         B, A = (
-            _as_factor((positive_part(X) * root).to(like.dtype))
+            _as_factor((positive_part(X) * root).to(like.device, like.dtype))
             for X in (search.left, search.right)
         )
         return B, A
@@ -207,10 +199,6 @@ def check_accuracy(max_iter: int, tol: float | None) -> tuple[int, float | None]
     if tol is not None and not 0 < tol < 1:
         raise ValueError(f"tol must be between 0 and 1, or None, got {tol}.")
     return max_iter, tol
-
-
-class _Silent(Statistic):
-    """A statistic of nothing, for a pass that only looks at the model: all methods are empty."""
 
 
 def _operands(searches: dict[Key, list[_Block]]) -> dict[Key, list[Tensor | None]]:

@@ -54,6 +54,11 @@ class GroupPlan:
         return len(self.group) == 2
 
     @property
+    def all_usages(self) -> tuple[Usage, ...]:
+        """How the model uses the parameters, those of embeddings included."""
+        return (*self.usages, *self.tied)
+
+    @property
     def size(self) -> int:
         """The number of rows of the group's block."""
         return sum(prod(sizes) for sizes in self.sizes)

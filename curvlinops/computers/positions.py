@@ -108,15 +108,17 @@ class Tokens(Positions):
 
     def _frequencies(self) -> Tensor:
         """Return the means of one-hot inputs ``[n, V]``."""
-        counts = self.weights.new_zeros(self.indices.shape[0], self.size)
-        return counts.scatter_add_(1, self.indices, self.weights) / self.num_positions
+        weights = widened(self.weights)
+        counts = weights.new_zeros(self.indices.shape[0], self.size)
+        return counts.scatter_add_(1, self.indices, weights) / self.num_positions
 
     def add_to(self, moment: Moment, ones: float | None) -> None:
         """Add counts, the diagonal of the second moment."""
         if not moment.diagonal:
             return super().add_to(moment, ones)
-        counts = self.weights.new_zeros(self.size)
-        counts.scatter_add_(0, self.indices.flatten(), self.weights.flatten())
+        weights = widened(self.weights)
+        counts = weights.new_zeros(self.size)
+        counts.scatter_add_(0, self.indices.flatten(), weights.flatten())
         moment.add(counts, self.indices.numel())
         return None
 
@@ -129,6 +131,7 @@ class Moment:
     Args:
         diagonal: Whether only the diagonal is kept.
         groups: Number of parts of the rows whose moments are kept, without those between them.
+        dtype: The dtype of the sums, if not that of the rows (or float32).
 
     Attributes:
         total: The sum ``[d, d]``, or ``[groups, d, d]`` for more than one, or the diagonals
@@ -137,9 +140,10 @@ class Moment:
         count: The number of terms, for the mean.
     """
 
-    def __init__(self, diagonal: bool = False, groups: int = 1):
+    def __init__(self, diagonal: bool = False, groups: int = 1, dtype: torch.dtype | None = None):
         self.diagonal = diagonal
         self.groups = groups
+        self.dtype = dtype
         self.total: Tensor | None = None
         self.count = 0.0
         self._size = 0  # of the blocks on the diagonal, if entries below them are missing
@@ -147,7 +151,7 @@ class Moment:
     def update(self, rows: Tensor, ones: float | None = None) -> None:
         """Add rows ``[r, groups * d]``, with a constant column appended unless ``ones`` is None."""
         num_rows = rows.shape[0]
-        rows = widened(rows)
+        rows = widened(rows) if self.dtype is None else rows.to(self.dtype)
         if self.groups == 1 and not self.diagonal:
             self._accumulate(rows, ones)
             return
@@ -227,6 +231,7 @@ class Moment:
     def add(self, total: Tensor, count: float) -> None:
         """Add a sum of so many terms."""
         self.count += count
+        total = total if self.dtype is None else total.to(self.dtype)
         self.total = total.clone() if self.total is None else self.total + total
 
     def _append(self, new: Tensor, sums: Tensor | None, num_rows: int, ones: float) -> Tensor:

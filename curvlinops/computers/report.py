@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from warnings import warn
 
+import torch
 from torch import Tensor, nn
 
+from curvlinops import _tensors
 from curvlinops._operator import PyTorchLinearOperator
 from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.computers.plan import GroupPlan
@@ -13,21 +16,148 @@ from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator
 from curvlinops.sharded import RemoteBlock
 
+# How far an entry may be off, relative to the root of the product of its two diagonal entries: even
+# products of float32 may be those of bfloat16, see torch.set_float32_matmul_precision.
+_SLACK = 2**-5
+_TILE = 256  # rows and columns that are compared at once, those of a transpose fit into caches
+_CHECK_VALUES = "Check the data, the parameters and the loss for NaN, infinities and overflow."
+_ORIGIN = (
+    "Factors are sums of outer products: check layers and losses that were registered, and "
+    "statistics of your own."
+)
+
 
 def check_finite(names: tuple[str, ...], inputs: Any, gradients: Any) -> None:
-    """Raise if factors have non-finite values, naming the layer's parameters."""
+    """Raise if factors are not finite, symmetric or positive semi-definite.
+
+    What is beyond rounding is found if entries ``(i, j)`` and ``(j, i)`` differ, or if one of the
+    2 × 2 principal minors is negative: this costs O(d²), unlike the eigenvalues.
+
+    Args:
+        names: The names of the layer's parameters.
+        inputs: The input factor: a matrix ``[d, d]``, a diagonal operator, or None.
+        gradients: The gradient factor, as well.
+
+    Raises:
+        RuntimeError: If a factor is not. The message names the parameters.
+    """
     for what, factor in (("input", inputs), ("gradient", gradients)):
         values = factor.diagonal() if isinstance(factor, DiagonalLinearOperator) else factor
-        # the extremes are NaN if any value is, and need no memory
-        if (
-            isinstance(values, Tensor)
-            and values.numel()
-            and not all(bool(extreme.isfinite()) for extreme in values.aminmax())
-        ):
+        if isinstance(values, Tensor) and values.numel():
+            _check_factor(f"The {factor_name(names, what)}", values)
+
+
+def factor_name(names: tuple[str, ...], what: str) -> str:
+    """Return what messages call the input or gradient factor of a layer's parameters."""
+    return f"{what} factor of {_listing(names)}"
+
+
+def _listing(names: tuple[str, ...]) -> str:
+    """Return the names of parameters for messages."""
+    return ", ".join(map(repr, names))
+
+
+def _check_factor(name: str, values: Tensor) -> None:
+    """Raise if a matrix ``[d, d]`` or diagonal ``[d]`` cannot be a factor."""
+    if not _tensors.all_finite(values):
+        raise RuntimeError(f"{name} has non-finite values. {_CHECK_VALUES}")
+    if values.ndim == 2 and values.shape[0] != values.shape[1]:
+        raise RuntimeError(f"{name} is not symmetric: its shape is {list(values.shape)}. {_ORIGIN}")
+    diagonal = _tensors.widened(values if values.ndim == 1 else values.diagonal())
+    size = len(diagonal)
+    limits = torch.finfo(torch.float32)  # in which a float64 factor may have been computed
+    underflow = limits.tiny / limits.eps + torch.finfo(values.dtype).tiny
+    rounding = 10 * size * limits.eps * diagonal.max().clamp(min=0) + underflow
+    i = int(diagonal.argmin())
+    if diagonal[i] < -rounding:
+        raise RuntimeError(
+            f"{name} is not positive semi-definite: its diagonal entry {i} is "
+            f"{diagonal[i].item():.3g}. {_ORIGIN}"
+        )
+    if values.ndim == 1:
+        return
+    scale = (diagonal.clamp(min=0) + rounding).rsqrt()  # which makes the diagonal (about) 1
+    starts = range(0, size, _TILE)
+    for rows, columns in (
+        (slice(i, i + _TILE), slice(j, j + _TILE)) for i in starts for j in starts
+    ):
+        if rows.start > columns.start:
+            continue
+        upper, lower = values[rows, columns], values[columns, rows].mT
+        scales = scale[rows], scale[columns]
+        if not torch.equal(upper, lower):
+            place = _first_beyond(_tensors.widened(upper) - lower, *scales, _SLACK)
+            if place:
+                i, j = rows.start + place[0], columns.start + place[1]
+                raise RuntimeError(
+                    f"{name} is not symmetric: its entries {[i, j]} and {[j, i]} are "
+                    f"{values[i, j].item():.3g} and {values[j, i].item():.3g}. {_ORIGIN}"
+                )
+        place = _first_beyond(_tensors.widened(upper), *scales, 1 + _SLACK)
+        if place:
+            i, j = rows.start + place[0], columns.start + place[1]
             raise RuntimeError(
-                f"The {what} factor of {', '.join(map(repr, names))} has non-finite values. Check "
-                "the data, the parameters and the loss for NaN, infinities and overflow."
+                f"{name} is not positive semi-definite: its entry {[i, j]} is "
+                f"{values[i, j].item():.3g}, more than its diagonal entries {i} and {j}, "
+                f"{diagonal[i].item():.3g} and {diagonal[j].item():.3g}, allow. {_ORIGIN}"
             )
+
+
+def _first_beyond(
+    tile: Tensor, left: Tensor, right: Tensor, bound: float
+) -> tuple[int, int] | None:
+    """Return the place of the largest ``left_i |tile_ij| right_j``, if it is beyond a bound."""
+    scaled = tile * right
+    extremes = torch.maximum(scaled.amax(dim=1), -scaled.amin(dim=1)) * left
+    if bool(extremes.max() <= bound):
+        return None
+    row = int(extremes.argmax())
+    return row, int(scaled[row].abs().argmax())
+
+
+def check_spectrum(names: tuple[str, ...], what: str, values: Tensor) -> None:
+    """Warn if a factor has negative eigenvalues beyond rounding, naming the layer's parameters.
+
+    Args:
+        names: The names of the layer's parameters.
+        what: Which factor it is, ``"input"`` or ``"gradient"``.
+        values: Its eigenvalues ``[d]``, ascending.
+    """
+    if not len(values):
+        return
+    eps = torch.finfo(torch.float32).eps  # in which a float64 factor may have been computed
+    tolerance = 4 * torch.finfo(values.dtype).eps + max(eps**0.5, 10 * len(values) * eps)
+    smallest, largest = values[0].item(), values[-1].item()
+    if smallest < -tolerance * max(largest, 0.0) - torch.finfo(values.dtype).tiny:
+        warn(
+            f"The {factor_name(names, what)} is not positive semi-definite: its eigenvalues are "
+            f"between {smallest:.3g} and {largest:.3g}. {_ORIGIN} Or compute it in a higher "
+            "precision.",
+            stacklevel=2,
+        )
+
+
+def check_eigenvalues(names: tuple[str, ...], values: Tensor) -> None:
+    """Raise if eigenvalues are not finite, or negative beyond rounding.
+
+    Args:
+        names: The names of the layer's parameters.
+        values: The eigenvalues, in any shape.
+
+    Raises:
+        RuntimeError: If they are. The message names the parameters.
+    """
+    if not values.numel():
+        return
+    if not _tensors.all_finite(values):
+        raise RuntimeError(f"The eigenvalues of {_listing(names)} are not finite. {_CHECK_VALUES}")
+    smallest, largest = (extreme.item() for extreme in values.aminmax())
+    if smallest < -10 * torch.finfo(torch.float32).eps * max(largest, 0.0):
+        raise RuntimeError(
+            f"The eigenvalues of {_listing(names)} are between {smallest:.3g} and {largest:.3g}, "
+            "but sums of squares are not negative. Check layers and losses that were registered, "
+            "and statistics of your own."
+        )
 
 
 def describe_groups(

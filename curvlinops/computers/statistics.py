@@ -36,6 +36,7 @@ class CovarianceStatistic:
         max_factor_size: Wider factors keep their diagonal only.
         separate: Whether weight and bias are approximated separately.
         diagonal: Names of parameters that are not approximated by factors.
+        dtype: The dtype of the sums, if not the model's (or float32).
     """
 
     def __init__(
@@ -45,7 +46,9 @@ class CovarianceStatistic:
         max_factor_size: int,
         separate: bool,
         diagonal: Set[str],
+        dtype: torch.dtype | None = None,
     ):
+        self._dtype = dtype
         self._shapes = shapes
         self._reduce = kfac_approx is KFACType.REDUCE
         self._max_factor_size = max_factor_size
@@ -125,7 +128,7 @@ class CovarianceStatistic:
                 continue
             if scale:
                 rows = self._normalized[usage, index].expanded()
-                new = torch.einsum("nsd, vnsd -> vnd", widened(rows), gradient)
+                new = torch.einsum("nsd, vnsd -> vnd", rows.to(gradient.dtype), gradient)
             else:
                 new = gradient.sum(2)
             before = self._norm_gradients.get(part)
@@ -140,7 +143,7 @@ class CovarianceStatistic:
         for key, (usages, groups, total) in self._sums.items():
             width = total.shape[-1] // groups
             if (usages, groups) not in done:
-                new = done[usages, groups] = Moment(width > self._max_factor_size, groups)
+                new = done[usages, groups] = self._new_moment(width, groups)
                 new.update(total.flatten(0, 1))
             new = done[usages, groups]
             sums = new.symmetric()
@@ -165,8 +168,12 @@ class CovarianceStatistic:
     def _moment(self, key: Hashable, width: int, groups: int, diagonal: bool = False) -> Moment:
         """Return the moment of a key."""
         if key not in self.moments:
-            self.moments[key] = Moment(diagonal or width > self._max_factor_size, groups)
+            self.moments[key] = self._new_moment(width, groups, diagonal)
         return self.moments[key]
+
+    def _new_moment(self, width: int, groups: int, diagonal: bool = False) -> Moment:
+        """Return a moment without summands."""
+        return Moment(diagonal or width > self._max_factor_size, groups, self._dtype)
 
     def _joint(self, usage: Usage) -> bool:
         """Return whether weight and bias of a usage are approximated together."""
@@ -347,7 +354,7 @@ class CovarianceStatistic:
             total = (torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]) * scale
         else:
             total = like.new_zeros([groups, width] if diagonal else [groups, width, width])
-        total = total.to(like.dtype)
+        total = total.to(like.device, like.dtype)
         return [DiagonalLinearOperator([t]) if diagonal else t for t in total]
 
 
