@@ -114,11 +114,11 @@ def inverse(
         The inverse ``[d, d]`` in the matrix's dtype.
 
     Raises:
-        ValueError: If the matrix is not finite.
-        RuntimeError: If the damped matrix is singular, or not positive definite where it must be.
+        RuntimeError: If the matrix is not finite, or the damped one singular, or not positive
+            definite where it must be.
     """
     if not all_finite(matrix):  # the inverse of an infinite entry may be finite
-        raise ValueError(f"Cannot invert {name}: it has non-finite entries.")
+        raise RuntimeError(f"Cannot invert {name}: it has non-finite entries.")
     damped = add_to_diagonal(widened(matrix), damping)
     # rounding is that of the dtype before widening
     symmetric = is_hermitian(matrix) and not isinstance(_number(damping), complex)

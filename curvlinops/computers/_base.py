@@ -11,7 +11,13 @@ from torch import Tensor
 
 from curvlinops._random import RandomSource
 from curvlinops._scalars import as_integer
-from curvlinops.computers.across_ranks import add_moments, assign, connected, known_to_any
+from curvlinops.computers.across_ranks import (
+    add_moments,
+    assign,
+    check_same_steps,
+    connected,
+    known_to_any,
+)
 from curvlinops.computers.arrangement import Arrangements
 from curvlinops.computers.encoding import decode, encode
 from curvlinops.computers.events import Collector, Statistic
@@ -129,9 +135,11 @@ class KFACComputer:
         self._largest_batch = 0
         self._num_vectors = 1  # that are back-propagated for a batch
         self._holders: dict[Key, list[int]] = {}  # the ranks that hold each block, its owner first
-        device = FunctionalModel(model_func, params).device  # raises if they do not fit
-        self.collective = collective_of(process_group, device)
+        model = FunctionalModel(model_func, params)  # raises if they do not fit
+        self.collective = collective_of(process_group, model.device)
         self._check_model(model_func)
+        if model.sharded:
+            check_same_steps(self.collective, data)
         self.loss: Loss = loss_entry(loss_func)[0]
         if not self.loss.closed_form:
             raise NotImplementedError(
@@ -285,7 +293,7 @@ class KFACComputer:
 
     def _look_anew(self, batch: Batch) -> None:
         """Find out how the model uses its parameters from the first batch of each structure."""
-        if not self._usages or structure(batch.X) not in self._seen:
+        if self._any_rank(not self._usages or structure(batch.X) not in self._seen):
             self._look_first(batch)
 
     # ---- how the model uses its parameters -------------------------------------------------------
@@ -320,15 +328,19 @@ class KFACComputer:
         This is done for the first batch of each structure.
         """
         signature = structure(batch.X)
-        if batch.n == 1 or signature in self._seen:
-            self._recording = True
-            return
-        self._seen.add(signature)
-        one = first_examples(batch.X, batch.n, 1)
-        self._look_at(one)
+        needed = batch.n > 1 and signature not in self._seen
+        if self._any_rank(needed):
+            one = first_examples(batch.X, batch.n, 1)
+            self._look_at(one, learn=needed)
+        if needed:
+            self._seen.add(signature)
         self._recording = True
 
-    def _look_at(self, one: Any) -> None:
+    def _any_rank(self, wanted: bool) -> bool:
+        """Return whether to evaluate the model: all ranks do if it is sharded, or none."""
+        return self.collective.any(wanted) if self.risk.sharded else wanted
+
+    def _look_at(self, one: Any, learn: bool) -> None:
         """Find out from a single example where the examples are; None if it cannot be had."""
         if one is None:  # the examples are not in the first axis of any tensor
             return
@@ -342,18 +354,19 @@ class KFACComputer:
         except Exception:  # whatever a model does with a single example
             return
         self._note(usages, other_uses)
-        self._arrangements.learn(inputs)
+        if learn:
+            self._arrangements.learn(inputs)
 
     def _verify_shared(self, batch: Batch) -> None:
         """Refuse layers of inputs without examples if the model cannot do with one for each."""
         shared = self._arrangements.unverified()
-        if not shared:
+        if not self._any_rank(bool(shared)):
             return
-        X = first_examples(batch.X, batch.n, 2)
+        X, n = first_examples(batch.X, batch.n, 2), min(batch.n, 2)
         try:
             with self._arrangements.ignored():
-                expected, *_ = self._observe(X, 2, _ignore)
-            actual, *_ = self._observe(X, 2, _ignore)
+                expected, *_ = self._observe(X, n, _ignore)
+            actual, *_ = self._observe(X, n, _ignore)
             same = actual.shape == expected.shape
             same = same and torch.allclose(actual, expected, rtol=1e-3, atol=1e-5)
         except Exception:  # whatever a model does with another shape

@@ -16,6 +16,23 @@ from curvlinops.distributed import Collective
 from curvlinops.distributed.transfers import Sums
 
 
+def check_same_steps(collective: Collective, data: Any) -> None:
+    """Raise if ranks have different numbers of batches, with which FSDP would wait for ever.
+
+    Args:
+        collective: The ranks.
+        data: The batches of this one; nothing is known if they have no length.
+    """
+    number = len(data) if hasattr(data, "__len__") else -1
+    numbers = [other for (other,) in collective.exchange([number])]
+    if len(set(numbers) - {-1}) > 1:
+        raise ValueError(
+            "With parameters that are sharded by FSDP, all ranks evaluate the model together, and "
+            f"need the same number of batches, but they have {numbers}. Split the data otherwise; "
+            "batches may differ in size."
+        )
+
+
 def known_to_any(
     collective: Collective, usages: Iterable[Usage], diagonal: Iterable[str]
 ) -> tuple[list[Usage], list[str]]:
@@ -165,4 +182,4 @@ def _described(moment: Moment) -> tuple[Any, ...]:
     return moment.count, tuple(total.shape), total.dtype, moment.diagonal, moment.groups
 
 
-__all__ = ["add_moments", "add_totals", "assign", "connected", "known_to_any"]
+__all__ = ["add_moments", "add_totals", "assign", "check_same_steps", "connected", "known_to_any"]

@@ -36,6 +36,8 @@ class HooksCollector:
             repeatedly), and the positions.
         on_gradient: Called with a usage, the number of the call, and the output gradients of V loss
             vectors ``[V, n, S, d_out]``.
+        unviews: Whether an output that is a view may be replaced by a view of another tensor, which
+            saves time, unless somebody else has hooks on outputs that are changed in place.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class HooksCollector:
         on_call: Callable[[Usage, int, Tensor], None] | None = None,
         on_input: Callable[[Usage, int, Positions], None] | None = None,
         on_gradient: Callable[[Usage, int, Tensor], None] | None = None,
+        unviews: bool = True,
     ):
+        self._unviews = unviews
         self._arrangements = arrangements
         self._on_call = on_call
         self._on_input = on_input
@@ -122,9 +126,10 @@ class HooksCollector:
 
         if self._on_gradient is None:
             return output
-        shape, whole = output.shape, _unviewed(output)
+        shape, whole = output.shape, _unviewed(output) if self._unviews else output
         listened: Tensor = _Listen.apply(whole, self._root, on_gradient)
-        return listened.reshape(shape)
+        # No further view: one that an activation changes in place loses the hooks on it.
+        return listened if listened.shape == shape else listened.reshape(shape)
 
 
 def _is_checkpointed() -> bool:

@@ -27,6 +27,8 @@ class HooksKFACComputer(KFACComputer):
     pass, as soon as they exist; none is kept, and no gradient of a weight is computed.
     """
 
+    _gathered: dict[str, Tensor] | None = None
+
     def _check_model(self, model_func: Any) -> None:
         """Raise if the backend cannot run the model."""
         if not isinstance(model_func, nn.Module):
@@ -61,13 +63,24 @@ class HooksKFACComputer(KFACComputer):
     def _listen(self, collector: HooksCollector, X: Any, n: int) -> Tensor:
         """Evaluate the model while a collector listens."""
         params = {name: p.detach() for name, p in self.risk.params.items()}
-        with self.risk.watching(), collector.listening(params, n):
+        with self.risk.watching(), collector.listening(self._seen_as(params), n):
             return self.risk.predict(params, X)
+
+    def _seen_as(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors that layers see in place of parameters."""
+        if not self.risk.sharded:
+            return params
+        if self._gathered is None:
+            self._gathered = self.risk.unsharded()
+        return self._gathered
 
     def _run(self, statistic: Statistic, batch: Batch) -> tuple[Tensor, HooksCollector]:
         """Evaluate the model on a batch; see the base class."""
         collector = HooksCollector(
-            self._arrangements, on_input=statistic.on_input, on_gradient=statistic.on_gradient
+            self._arrangements,
+            on_input=statistic.on_input,
+            on_gradient=statistic.on_gradient,
+            unviews=not self.risk.sharded,  # FSDP has hooks on outputs
         )
         prediction = self._listen(collector, batch.X, batch.n)
         collector.other_uses |= self._scripted()
@@ -88,7 +101,7 @@ class HooksKFACComputer(KFACComputer):
         Returns:
             A list that in the end has the statistic, and what else the batch adds.
         """
-        module = self.risk.model
+        module = self.risk.inner_module
         assert module is not None
         found: list[tuple[S, Increment]] = []
         batches: list[Batch] = []
@@ -119,8 +132,10 @@ class HooksKFACComputer(KFACComputer):
 
         self._num_vectors = 1
         statistic = make()
-        params = self.risk.params
-        step = TrainingStep(module, params, self._arrangements, batch.n, on_prediction)
+        params = self._seen_as(self.risk.params)
+        step = TrainingStep(
+            module, params, self._arrangements, batch.n, on_prediction, not self.risk.sharded
+        )
         with step.listening(self._precise(statistic)):
             yield found
         (normalizer,) = normalizers

@@ -17,7 +17,7 @@ from curvlinops.computers.usages import Usage
 from curvlinops.kfac_utils import FisherType, KFACType, ParamGroup
 from curvlinops.risk import Batch
 from curvlinops.risk.data import TermCounter
-from curvlinops.risk.model import ModelFunction
+from curvlinops.risk.model import ModelFunction, refuse_sharded
 
 
 class MakeFxKFACComputer(KFACComputer):
@@ -50,6 +50,10 @@ class MakeFxKFACComputer(KFACComputer):
         # with the tensors that the keys identify, lest others take their places
         self._traces: dict[Hashable, tuple[Trace, list[Any]]] = {}
         super().__init__(*args, **kwargs)
+
+    def _check_model(self, model_func: Any) -> None:
+        """Raise if the backend cannot run the model."""
+        refuse_sharded("backend='make_fx'", model_func, {})
 
     def _observe(
         self, X: Any, n: int, on_call: Callable[[Usage, int, Tensor], None]

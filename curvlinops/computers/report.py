@@ -77,30 +77,32 @@ def _check_factor(name: str, values: Tensor) -> None:
     if values.ndim == 1:
         return
     scale = (diagonal.clamp(min=0) + rounding).rsqrt()  # which makes the diagonal (about) 1
-    starts = range(0, size, _TILE)
-    for rows, columns in (
-        (slice(i, i + _TILE), slice(j, j + _TILE)) for i in starts for j in starts
-    ):
-        if rows.start > columns.start:
-            continue
-        upper, lower = values[rows, columns], values[columns, rows].mT
-        scales = scale[rows], scale[columns]
-        if not torch.equal(upper, lower):
-            place = _first_beyond(_tensors.widened(upper) - lower, *scales, _SLACK)
-            if place:
-                i, j = rows.start + place[0], columns.start + place[1]
-                raise RuntimeError(
-                    f"{name} is not symmetric: its entries {[i, j]} and {[j, i]} are "
-                    f"{values[i, j].item():.3g} and {values[j, i].item():.3g}. {_ORIGIN}"
-                )
-        place = _first_beyond(_tensors.widened(upper), *scales, 1 + _SLACK)
+    for i in range(0, size, _TILE):
+        for j in range(i, size, _TILE):
+            _check_tile(name, values, scale, i, j)
+
+
+def _check_tile(name: str, values: Tensor, scale: Tensor, top: int, left: int) -> None:
+    """Raise if entries of a tile above the diagonal ``[_TILE, _TILE]`` cannot be a factor's."""
+    rows, columns = slice(top, top + _TILE), slice(left, left + _TILE)
+    tile, mirrored = _tensors.widened(values[rows, columns]), values[columns, rows].mT
+    scales = scale[rows], scale[columns]
+    if not torch.equal(values[rows, columns], mirrored):
+        place = _first_beyond(tile - mirrored, *scales, _SLACK)
         if place:
-            i, j = rows.start + place[0], columns.start + place[1]
+            i, j = sorted((top + place[0], left + place[1]))
             raise RuntimeError(
-                f"{name} is not positive semi-definite: its entry {[i, j]} is "
-                f"{values[i, j].item():.3g}, more than its diagonal entries {i} and {j}, "
-                f"{diagonal[i].item():.3g} and {diagonal[j].item():.3g}, allow. {_ORIGIN}"
+                f"{name} is not symmetric: its entries {[i, j]} and {[j, i]} are "
+                f"{values[i, j].item():.3g} and {values[j, i].item():.3g}. {_ORIGIN}"
             )
+    place = _first_beyond(tile, *scales, 1 + _SLACK)
+    if place:
+        i, j = sorted((top + place[0], left + place[1]))
+        raise RuntimeError(
+            f"{name} is not positive semi-definite: its entry {[i, j]} is "
+            f"{values[i, j].item():.3g}, more than its diagonal entries {i} and {j}, "
+            f"{values[i, i].item():.3g} and {values[j, j].item():.3g}, allow. {_ORIGIN}"
+        )
 
 
 def _first_beyond(

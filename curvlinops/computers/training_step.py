@@ -23,6 +23,7 @@ class TrainingStep:
         arrangements: Where the examples are in the calls of layers.
         n: The number of examples.
         on_prediction: Called with the module's output and the collector, before the backward pass.
+        unviews: As for :class:`~curvlinops.computers.hooks.HooksCollector`.
     """
 
     def __init__(
@@ -32,7 +33,9 @@ class TrainingStep:
         arrangements: Arrangements,
         n: int,
         on_prediction: Callable[[Any, HooksCollector], None],
+        unviews: bool = True,
     ):
+        self._unviews = unviews
         self._module = module
         self._params = params
         self._arrangements = arrangements
@@ -56,7 +59,10 @@ class TrainingStep:
             statistic.on_gradient(usage, index, gradient)
 
         collector = HooksCollector(
-            self._arrangements, on_input=statistic.on_input, on_gradient=on_gradient
+            self._arrangements,
+            on_input=statistic.on_input,
+            on_gradient=on_gradient,
+            unviews=self._unviews,
         )
         listening = ExitStack()
 

@@ -177,6 +177,25 @@ class EmpiricalRisk:
         """The module, or None for a function."""
         return self._functional.module
 
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are shards, which FSDP gathers while the module is evaluated."""
+        return self._functional.sharded
+
+    def unsharded(self) -> dict[str, Tensor]:
+        """Return the tensors that FSDP gathers the parameters into, whenever they are used."""
+        return self._functional.unsharded()
+
+    @property
+    def num_batches(self) -> int | None:
+        """The number of batches on this rank, or None where the data cannot tell."""
+        return self._source.length
+
+    @property
+    def inner_module(self) -> nn.Module | None:
+        """The user's module, inside of wrappers that name parameters; None for a function."""
+        return self._functional.inner_module
+
     def dependencies(self) -> list[Any]:
         """Return tensors and flags, besides the data, that the loss of a batch depends on."""
         autocast = torch.is_autocast_enabled(self.device.type)

@@ -108,6 +108,8 @@ class FunctionalModel:
         model_func = _without_data_parallel(model_func, params)
         self._params = dict(params)
         self._has_inference_params = any(p.is_inference() for p in params.values())
+        #: Whether parameters are shards, which FSDP gathers while the module is evaluated.
+        self.sharded = any(map(_is_shard, params.values()))
         self._function = model_func
         self.module: nn.Module | None = None
         self.traits: ModelTraits | None = None
@@ -129,6 +131,11 @@ class FunctionalModel:
             self._layers = layers
             self._given = _resolve_names(model_func, params)
             _check_embeddings(model_func)
+
+    @property
+    def inner_module(self) -> nn.Module | None:
+        """The user's module, inside of wrappers that name parameters; None for a function."""
+        return self.module.module if isinstance(self.module, _Unwrapped) else self.module
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -191,6 +198,8 @@ class FunctionalModel:
         Raises:
             TypeError: If the model returns something else than a tensor.
         """
+        if self.sharded:
+            return self._predict_sharded(X)
         if any_derivative and torch.compiler.is_compiling():  # what else follows cannot be traced
             if not self._may_use_attention:
                 return self.predict(params, X)
@@ -213,6 +222,38 @@ class FunctionalModel:
         if not isinstance(prediction, Tensor):
             raise TypeError(_not_a_tensor(prediction))
         return prediction
+
+    def _predict_sharded(self, X: Any) -> Tensor:
+        """Evaluate a module whose parameters are shards, which FSDP gathers when it is called."""
+        assert self.module is not None
+        changing = [b for b in self.module.buffers()] if self.module.training else []
+        before = [b.clone() for b in changing]
+        try:
+            prediction = self.module(fresh_mapping(X))
+        finally:
+            with torch.no_grad():
+                for buffer, value in zip(changing, before, strict=True):
+                    buffer.copy_(value)
+        if not isinstance(prediction, Tensor):
+            raise TypeError(_not_a_tensor(prediction))
+        return prediction
+
+    def unsharded(self) -> dict[str, Tensor]:
+        """Return the tensors that FSDP gathers the parameters into, whenever they are used.
+
+        Their memory is there only then.
+        """
+        assert self.module is not None
+        found: dict[str, Tensor] = {}
+        for prefix, layer in self.module.named_modules():
+            if not hasattr(layer, "unshard"):
+                continue
+            layer.unshard()
+            for name, p in layer.named_parameters(prefix=prefix):
+                if not _is_shard(p):
+                    found[name] = p
+            layer.reshard()
+        return {name: found[name].detach() for name in self._params}
 
     def evaluate(self, X: Any, watch: _Watch | None = None) -> Tensor:
         """Evaluate the model at its parameters, without a graph.
@@ -344,6 +385,11 @@ def device_of(params: Any) -> torch.device | None:
     return next((p.device for p in tensors if isinstance(p, Tensor)), None)
 
 
+def _is_shard(p: Tensor) -> bool:
+    """Return whether a parameter is spread over processes; by name, as the import takes long."""
+    return type(p).__name__ == "DTensor"
+
+
 def refuse_sharded(name: str, model_func: Any, params: Any) -> None:
     """Refuse parameters of which each process has a part.
 
@@ -362,7 +408,7 @@ def refuse_sharded(name: str, model_func: Any, params: Any) -> None:
     # By name: to import FSDP takes long. fully_shard makes a module's class one of FSDPModule.
     wrappers = {"FSDPModule", "FullyShardedDataParallel"}
     wrapped = any(wrappers & {base.__name__ for base in type(layer).__mro__} for layer in layers)
-    if wrapped or any(type(p).__name__ == "DTensor" for p in tensors):
+    if wrapped or any(map(_is_shard, tensors)):
         raise NotImplementedError(
             f"{name} does not support parameters that are sharded by FSDP (DTensor): derivatives "
             "with respect to shards do not exist. Gather the full parameters into a model without "

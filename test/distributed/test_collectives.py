@@ -123,8 +123,8 @@ def check_shares() -> None:
     """Numbers are exact although all is sent in float32, by one all-reduce."""
     collective = ProcessGroupCollective(dist.group.WORLD)
     r, R = dist.get_rank(), dist.get_world_size()
-    shapes, dtypes = [torch.Size((2, 2)), torch.Size(())], [torch.float32, torch.bfloat16]
-    tensors = [torch.full((2, 2), 1.0 + r), torch.tensor(3.0, dtype=torch.bfloat16)]
+    shapes, dtypes = [torch.Size((2, 2)), torch.Size(())], [torch.bfloat16] * 2
+    tensors = [torch.full((2, 2), 1.0 + r), torch.tensor(3.0)]  # half precision, accumulated
     given = [0.1, 2.0**40 + 2.0**-12][r % 2]
     share = Share(list(tensors), 2**40 + r, given)
     with collectives() as seen:

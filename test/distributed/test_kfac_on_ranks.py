@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -281,6 +282,103 @@ def test_accumulators(two: Ranks) -> None:
     """Catches an accumulator that changes its own sums, or sums up some of them only."""
     two(check_accumulators, None)
     two(check_accumulators, 0.5)
+
+
+def check_data_parallel() -> None:
+    """A model in DistributedDataParallel, with either names of parameters; also in training."""
+    case = network()
+    group = dist.group.WORLD
+    kwargs: dict[str, Any] = {"fisher_type": "empirical", "check_deterministic": False}
+    kinds = (KFACLinearOperator, EKFACLinearOperator)
+    expected = {cls: case.operator(cls, **kwargs).to_dense() for cls in kinds}
+    model = nn.parallel.DistributedDataParallel(case.model)
+    mine, loss = part(case.data, [2]), case.loss("mean")
+    for params in (dict(model.named_parameters()), case.params):
+        for cls in kinds:
+            for backend in ("hooks", "make_fx"):
+                K = cls(model, loss, params, mine, **kwargs, process_group=group, backend=backend)
+                assert {name for group in K.mapping for name in group.values()} == set(params)
+                same(K.to_dense(), expected[cls])
+        accumulator = KFACAccumulator(
+            model, loss, params, fisher_type="empirical", process_group=group
+        )
+        for X, y in mine:
+            with accumulator.observe(X, y):
+                loss(model(X), y).backward()
+        same(accumulator.to_operator().to_dense(), expected[KFACLinearOperator])
+
+
+def test_data_parallel(two: Ranks) -> None:
+    """Catches collectives of the wrapper in passes, and hooks on a module that nobody calls."""
+    two(check_data_parallel)
+
+
+class Sequence(nn.Module):
+    """Layers on sequences, changed in place; attention; an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.first = nn.Sequential(nn.Linear(4, 6), nn.ReLU(inplace=True), nn.LayerNorm(6))
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.embedding(x))
+        # FSDP makes copies of arguments: equal ones would be one matrix, or three
+        key, value = 1 * x, 2 * x
+        return self.out((x + self.attention(x, key, value, need_weights=False)[0]).mean(1))
+
+
+def check_fsdp() -> None:
+    """Parameters that are sharded by fully_shard, of which some layers are units of their own."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = Sequence().double()
+    data = [(torch.randint(7, (n, 5)), torch.randint(3, (n,))) for n in (2, 3, 1, 4)]
+    case = Case(model, lambda reduction: nn.CrossEntropyLoss(reduction=reduction), data)
+    group = dist.group.WORLD
+    kinds = [
+        (KFACLinearOperator, {"fisher_type": "type-2", "kfac_approx": "reduce"}),
+        (KFACLinearOperator, {"fisher_type": "mc", "separate_weight_and_bias": False}),
+        (EKFACLinearOperator, {"fisher_type": "empirical"}),
+    ]
+    expected = [case.operator(cls, **options).to_dense() for cls, options in kinds]
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    # FSDP does not like views that attention returns; nothing changes them in place here
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    for unit in (model.first, model.attention, model):
+        fully_shard(unit, mesh=mesh)
+    params, mine = dict(model.named_parameters()), part(data, [2])
+    loss = case.loss("mean")
+    for (cls, options), dense in zip(kinds, expected, strict=True):
+        for fraction in (1.0, 0.0):
+            K = cls(
+                model, loss, params, mine, **options, process_group=group, worker_fraction=fraction
+            )
+            same(K.to_dense(), dense)
+    accumulator = KFACAccumulator(
+        model, loss, params, fisher_type="empirical", kfac_approx="reduce", process_group=group
+    )
+    for X, y in mine:
+        with accumulator.observe(X, y):
+            loss(model(X), y).backward()
+    accumulator.to_operator()
+    assert all(p.grad is not None for p in params.values())
+    torch.optim.SGD(model.parameters(), 0.1).step()  # training goes on
+    loss(model(mine[0][0]), mine[0][1]).backward()
+    with pytest.raises(NotImplementedError, match=r"make_fx.*FSDP"):
+        KFACLinearOperator(model, loss, params, mine, process_group=group, backend="make_fx")
+    with pytest.raises(ValueError, match=r"same number of batches, but they have \[1, 3\]"):
+        KFACLinearOperator(model, loss, params, part(data, [1]), process_group=group)
+
+
+def test_fsdp(two: Ranks) -> None:
+    """Catches layers that are not recognised, and gradients that lack their weights."""
+    two(check_fsdp)
+    two.stop()  # the sharded parameters' hooks stay in the process
 
 
 def check_computer() -> None:
