@@ -13,6 +13,7 @@ from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.computers._base import Key, KFACComputer
 from curvlinops.computers.ekfac_hooks import HooksEKFACComputer
 from curvlinops.computers.ekfac_make_fx import MakeFxEKFACComputer
+from curvlinops.computers.report import check_eigenvalues
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator
 from curvlinops.kfac import KFACLinearOperator, join_blocks
@@ -81,7 +82,7 @@ class EKFACLinearOperator(KFACLinearOperator):
                 blocks.append(part)
                 continue
             values, *vectors = part
-            _check_finite(key, values)
+            check_eigenvalues(key, values)
             blocks.append(_decomposed(values, *vectors))
         return join_blocks(blocks)
 
@@ -113,12 +114,3 @@ def _decomposed(values: Tensor, Q_B: Tensor | None, Q_A: Tensor | None) -> PyTor
 def _basis(block: Any) -> list[Any]:
     """Return the factors of a block's eigenvectors."""
     return [] if isinstance(block, DiagonalLinearOperator) else list(block.eigenvectors)
-
-
-def _check_finite(names: tuple[str, ...], values: Tensor) -> None:
-    """Raise if eigenvalues are not finite."""
-    if not bool(values.isfinite().all()):
-        raise RuntimeError(
-            f"The eigenvalues of {', '.join(map(repr, names))} are not finite. Check the data, the "
-            "parameters and the loss for NaN, infinities and overflow."
-        )

@@ -96,7 +96,7 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         NotImplementedError: If parameters are used in other ways (see ``unsupported``), or the
             backend cannot follow the model: ``"hooks"`` derivatives in the forward pass, and
             ``"make_fx"`` custom autograd functions and hooks.
-        RuntimeError: If factors have non-finite values.
+        RuntimeError: If factors are not finite, symmetric and positive semi-definite.
 
     Example:
         >>> import torch

@@ -77,8 +77,8 @@ class KFOCLinearOperator(KFACLinearOperator):
             not between 0 and 1.
         NotImplementedError: If parameters are not in supported layers, or are used where the
             backend does not see it.
-        RuntimeError: If factors have non-finite values, or the model calls layers in other ways
-            from one pass to the next.
+        RuntimeError: If factors are not finite, symmetric and positive semi-definite, or the model
+            calls layers in other ways from one pass to the next.
 
     Example:
         >>> import torch

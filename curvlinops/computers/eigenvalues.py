@@ -163,7 +163,8 @@ def _token_squares(events: list[Event], Q_g: Tensor | None, size: int) -> Tensor
     # (Σ_s g_s)² for each token is Σ_s g_s (Σ_t g_t) over the positions with that token
     products = (value * (equal @ value)).sum(0).flatten(0, 1)  # [n S, o]
     total = value.new_zeros(size, value.shape[-1])
-    return total.index_add(0, index.flatten(), products).T
+    # a sum that is all but zero may be negative by rounding
+    return total.index_add(0, index.flatten(), products).clamp(min=0).T
 
 
 __all__ = ["Basis", "EigenvalueStatistic"]

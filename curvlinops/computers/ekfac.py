@@ -13,7 +13,7 @@ from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.computers._base import Key, KFACComputer, stacked
 from curvlinops.computers.across_ranks import add_totals
 from curvlinops.computers.eigenvalues import Basis, EigenvalueStatistic
-from curvlinops.computers.report import check_finite
+from curvlinops.computers.report import check_finite, check_spectrum, factor_name
 from curvlinops.computers.statistics import Factor
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.distributed.transfers import share
@@ -57,7 +57,8 @@ class EKFACComputer(KFACComputer):
                 own[i] = []
                 for B, A in blocks.pop(key):
                     check_finite(key, A, B)
-                    own[i].append((self._eigenvectors(B, key), self._eigenvectors(A, key)))
+                    Q_B = self._eigenvectors(B, key, "gradient")
+                    own[i].append((Q_B, self._eigenvectors(A, key, "input")))
         found = share(self.collective, own, [self.holders(key)[0] for key in keys])
         return {key: found[i] for i, key in enumerate(keys)}
 
@@ -92,9 +93,9 @@ class EKFACComputer(KFACComputer):
         shapes = {name: p.shape for name, p in self.risk.params.items()}
         return EigenvalueStatistic(self.plans, bases, shapes, lambda: self._num_vectors)
 
-    def _eigenvectors(self, factor: Factor | None, key: Key) -> Tensor | None:
+    def _eigenvectors(self, factor: Factor | None, key: Key, what: str) -> Tensor | None:
         """Return a factor's eigenvectors, None for a diagonal one."""
-        return _eigenvectors(factor, key, self.precision.decompositions)
+        return _eigenvectors(factor, key, what, self.precision.decompositions)
 
     def decomposition_of(
         self,
@@ -170,22 +171,25 @@ def basis_of(block: Any) -> tuple[list[Basis], list[list[int]]]:
         factors: list[Any] = list(part.eigenvectors if decomposed else part)
         sizes.append([factor.shape[0] for factor in factors])
         vectors = [
-            (f if isinstance(f, Tensor) else None) if decomposed else _eigenvectors(f, ("basis",))
-            for f in factors
+            (f if isinstance(f, Tensor) else None)
+            if decomposed
+            else _eigenvectors(f, ("basis",), what)
+            for f, what in zip(factors, ("gradient", "input"), strict=False)
         ]
         bases.append((vectors[0], vectors[1] if len(vectors) > 1 else None))
     return bases, sizes
 
 
 def _eigenvectors(
-    factor: Factor | None, key: Key, dtype: torch.dtype | None = None
+    factor: Factor | None, key: Key, what: str, dtype: torch.dtype | None = None
 ) -> Tensor | None:
     """Return a factor's eigenvectors, None for a diagonal one; computed in a dtype."""
     if factor is None or isinstance(factor, DiagonalLinearOperator):
         return None
     wide = factor if dtype is None else factor.to(dtype)
     symmetric = (wide + wide.mT) / 2  # up to rounding it is
-    vectors: Tensor = _tensors.eigh(symmetric, name=f"the factor of {', '.join(key)}")[1]
+    values, vectors = _tensors.eigh(symmetric, name=f"the {factor_name(key, what)}")
+    check_spectrum(key, what, values)
     return vectors.to(factor.dtype)
 
 

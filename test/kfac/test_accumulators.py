@@ -478,6 +478,8 @@ def test_merge_of_different_ones() -> None:
     empty = KFACAccumulator(model, loss, params)
     empty.merge(other)
     assert torch.equal(empty.to_operator().to_dense(), before)
+    empty.update(*data[0])
+    assert torch.equal(other.to_operator().to_dense(), before)
     accumulator.merge(KFACAccumulator(model, loss, params))  # adds nothing
     K = KFACLinearOperator(model, loss, params, data)
     with pytest.raises(TypeError, match="another KFACAccumulator"):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from curvlinops import KFOCLinearOperator
+from curvlinops.computers.kfoc_hooks import HooksKFOCComputer
 
 
 class HalfUsed(nn.Module):
@@ -41,3 +42,15 @@ def test_unused_part(separate: bool) -> None:
     inputs = x.mT @ x
     assert torch.allclose(matrix[:8, :8], 2 * torch.kron(torch.eye(2).double(), inputs))
     assert torch.allclose(matrix[20:22, 20:22], 2 * 6 * torch.eye(2).double())
+
+
+def test_sizes_of_zero_factors() -> None:
+    """The gradient factor has the rows of the part, and the input factor those of the input."""
+    model = HalfUsed().double()
+    data = [(torch.randn(6, 4).double(), torch.randn(6, 2).double())]
+    params = {"weight": model.weight}
+    computer = HooksKFOCComputer(model, nn.MSELoss(), params, data)
+    ((used, unused),) = computer.blocks().values()
+    assert [tuple(factor.shape) for factor in used] == [(2, 2), (4, 4)]
+    assert [tuple(factor.shape) for factor in unused] == [(3, 3), (4, 4)]
+    assert not any(factor.any() for factor in unused)

@@ -1,0 +1,36 @@
+"""Which factors are diagonal: ``max_factor_size`` is that of one channel group."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from curvlinops.computers.kfac_hooks import HooksKFACComputer
+from curvlinops.diag import DiagonalLinearOperator
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_limit_of_grouped_convolutions(approx: str, bias: bool) -> None:
+    """Groups of 2 channels and a kernel of 3: an input factor has 6 rows, 7 with the bias."""
+    model = nn.Sequential(nn.Conv1d(4, 16, 3, groups=2, bias=bias), nn.Flatten()).double()
+    data = [(torch.randn(5, 4, 3).double(), torch.randn(5, 16).double())]
+    params = dict(model.named_parameters())
+    width = 6 + bias
+    for limit, diagonal in ((width, False), (width - 1, True)):
+        computer = HooksKFACComputer(
+            model,
+            nn.MSELoss(),
+            params,
+            data,
+            kfac_approx=approx,
+            max_factor_size=limit,
+            separate_weight_and_bias=False,
+        )
+        (blocks,) = computer.blocks().values()
+        assert len(blocks) == 2
+        for B, A in blocks:
+            assert isinstance(A, DiagonalLinearOperator) == diagonal
+            assert tuple(A.shape) == (width, width)
+            assert isinstance(B, DiagonalLinearOperator)  # 8 rows

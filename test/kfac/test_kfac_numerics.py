@@ -1,0 +1,346 @@
+"""What KFAC, EKFAC and KFOC say about factors and eigenvalues that cannot be right.
+
+Factors are second moments: what is not finite, symmetric or positive semi-definite was planted.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from curvlinops import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
+from curvlinops.computers.eigenvalues import EigenvalueStatistic
+from curvlinops.computers.kfoc import KFOCComputer
+from curvlinops.computers.report import check_eigenvalues, check_finite, check_spectrum
+from curvlinops.computers.statistics import CovarianceStatistic
+from curvlinops.diag import DiagonalLinearOperator
+
+OPERATORS = [KFACLinearOperator, EKFACLinearOperator, KFOCLinearOperator]
+NAMES = ("0.weight", "2.weight")
+F32, F64 = torch.float32, torch.float64
+
+
+def build(operator: type[KFACLinearOperator] = KFACLinearOperator, **changes: Any) -> Any:
+    """Build an operator of a small model."""
+    model = changes.pop("model", None) or nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    dtype = next(model.parameters()).dtype
+    arguments = {
+        "data": [(torch.rand(n, 4).to(dtype), torch.rand(n, 3).to(dtype)) for n in (3, 4)],
+        "fisher_type": "type-2",
+        "check_deterministic": False,
+        **changes,
+    }
+    return operator(model, nn.MSELoss(), dict(model.named_parameters()), **arguments)
+
+
+def plant(
+    monkeypatch: pytest.MonkeyPatch, what: str, change: Callable[[Any], Any], name: str = NAMES[1]
+) -> None:
+    """Let the factors of one layer be others than they are."""
+
+    def changed(pairs: list[Any]) -> list[Any]:
+        (B, A), *rest = pairs
+        return [(change(B), A) if what == "gradient" else (B, change(A)), *rest]
+
+    right, blocks = CovarianceStatistic.factors, KFOCComputer.blocks
+
+    def factors(self: Any, plan: Any, *args: Any) -> Any:
+        pairs = right(self, plan, *args)
+        return changed(pairs) if name in plan.key else pairs
+
+    def kfoc_blocks(self: Any) -> Any:
+        found = blocks(self)
+        return {key: changed(x) if name in key else x for key, x in found.items()}
+
+    monkeypatch.setattr(CovarianceStatistic, "factors", factors)
+    monkeypatch.setattr(KFOCComputer, "blocks", kfoc_blocks)
+
+
+def entry(i: int, j: int, value: float) -> Callable[[Tensor], Tensor]:
+    """Return a function that changes an entry to a multiple of the largest one."""
+
+    def change(factor: Tensor) -> Tensor:
+        result = factor.clone()
+        result[i, j] = value * factor.diagonal().max()
+        return result
+
+    return change
+
+
+def both(i: int, j: int, value: float) -> Callable[[Tensor], Tensor]:
+    """Return a function that changes an entry and its mirror image."""
+    return lambda factor: entry(j, i, value)(entry(i, j, value)(factor))
+
+
+PLANTED = {
+    "nan": (entry(1, 2, math.nan), "has non-finite values. Check the data"),
+    "inf": (entry(1, 1, math.inf), "has non-finite values. Check the data"),
+    "below": (entry(2, 0, 0.9), r"is not symmetric: its entries \[0, 2\] and \[2, 0\] are"),
+    "above": (entry(0, 2, -0.9), r"is not symmetric: its entries \[0, 2\] and \[2, 0\] are"),
+    "diagonal": (entry(1, 1, -0.1), "is not positive semi-definite: its diagonal entry 1 is -"),
+    "minor": (
+        both(0, 2, 2.0),
+        r"is not positive semi-definite: its entry \[0, 2\] is .* entries 0",
+    ),
+    "rectangle": (lambda factor: factor[:, :-1], "is not symmetric: its shape is"),
+}
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("what", ["input", "gradient"])
+@pytest.mark.parametrize("kind", PLANTED)
+def test_wrong_factors(operator: Any, what: str, kind: str, monkeypatch: pytest.MonkeyPatch):
+    """An error that names the layer, the factor and the entry."""
+    change, message = PLANTED[kind]
+    plant(monkeypatch, what, change)
+    with pytest.raises(RuntimeError, match=f"The {what} factor of '2.weight' {message}"):
+        build(operator)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_joint_groups_are_named_by_both(operator: Any, monkeypatch: pytest.MonkeyPatch):
+    plant(monkeypatch, "input", entry(0, 2, -0.9), NAMES[0])
+    with pytest.raises(RuntimeError, match=r"input factor of '0.weight', '0.bias' is not sym"):
+        build(operator, separate_weight_and_bias=False)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_wrong_diagonal_factors(operator: Any, monkeypatch: pytest.MonkeyPatch):
+    def change(factor: DiagonalLinearOperator) -> DiagonalLinearOperator:
+        values = factor.diagonal().clone()
+        values[2] = -values.max()
+        return DiagonalLinearOperator([values])
+
+    plant(monkeypatch, "input", change)
+    with pytest.raises(RuntimeError, match=r"input factor of '2.weight' is not.* diagonal entry 2"):
+        build(operator, max_factor_size=4)
+
+
+def test_hints_say_where_to_look(monkeypatch: pytest.MonkeyPatch):
+    plant(monkeypatch, "input", entry(0, 2, -0.9))
+    with pytest.raises(RuntimeError, match="sums of outer products: check layers and losses that"):
+        build()
+
+
+# ---- what is no more than rounding ---------------------------------------------------------------
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16])
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("kind", ["few", "constant", "tiny", "large", "graded"])
+def test_no_false_alarms(operator: Any, dtype: torch.dtype, joint: bool, kind: str):
+    """Singular and badly scaled factors are built without an error or warning."""
+    X = torch.rand(2, 4)
+    if kind == "constant":
+        X = X[:1].expand(60, 4).contiguous()
+    X = X * {"tiny": 1e-12, "large": 1e6}.get(kind, 1)
+    if kind == "graded":
+        X = X * torch.tensor([1e-20, 1e-9, 1.0, 1e5])
+    y = torch.rand(len(X), 3)
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).to(dtype)
+    with warnings.catch_warnings():  # KFOC may say that it has not converged
+        warnings.filterwarnings("ignore", "The nearest Kronecker products", UserWarning)
+        K = build(
+            operator,
+            model=model,
+            data=[(X.to(dtype), y.to(dtype))],
+            separate_weight_and_bias=not joint,
+        )
+    assert K.to_dense().isfinite().all()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_how_much_is_rounding(dtype: torch.dtype, scale: float):
+    """About 3 % of what the diagonal allows, at every scale; also next to much larger entries."""
+    units = torch.tensor([1.0, 0.1, 0.1, 1.0]).to(dtype)
+
+    def factor(upper: float, lower: float) -> Tensor:
+        result = torch.eye(4, dtype=dtype)
+        result[1, 2], result[2, 1] = upper, lower
+        return scale * units.outer(units) * result
+
+    for upper, lower in ((0.5, 0.53), (-0.5, -0.53), (1.03, 1.03), (-1.03, -1.03)):
+        check_finite(("w",), factor(upper, lower), None)
+    for upper, lower in ((0.5, 0.54), (-0.54, -0.5), (0.02, -0.02)):
+        with pytest.raises(RuntimeError, match=r"'w' is not symmetric: its entries \[1, 2\]"):
+            check_finite(("w",), factor(upper, lower), None)
+    for value in (1.05, -1.05):
+        with pytest.raises(RuntimeError, match=r"semi-definite: its entry \[1, 2\] is"):
+            check_finite(("w",), None, factor(value, value))
+
+
+def test_products_in_low_precision_count_as_rounding():
+    """Those of a constant column are exact, others may not be."""
+    rows = torch.rand(50, 6)
+    rows[:, 3] = 1 + 2**-8 - 2**-20  # which bfloat16 rounds down most
+    low = rows.bfloat16().float()
+    joint = torch.zeros(7, 7)
+    joint[:6, :6] = low.T @ low
+    joint[:6, 6] = joint[6, :6] = rows.sum(0)
+    joint[6, 6] = 50
+    assert joint[3, 6] ** 2 > joint[3, 3] * joint[6, 6] * 1.001
+    check_finite(("w",), joint, None)
+
+
+@pytest.mark.parametrize("i", [0, 10, 255, 256, 599])
+@pytest.mark.parametrize("j", [0, 255, 256, 300, 598])
+@pytest.mark.parametrize("mirror", [False, True])
+def test_all_entries_are_looked_at(i: int, j: int, mirror: bool):
+    """Large factors are compared in tiles; the message has the place of the worst entry."""
+    factor = torch.eye(600)
+    small, large = sorted((i, j))
+    if i == j:
+        factor[i, j] = -1
+        message = f"its diagonal entry {i} is -1"
+    elif mirror:
+        factor[i, j] = factor[j, i] = -3
+        message = (
+            rf"its entry \[{small}, {large}\] is -3, more than .* {small} and {large}, 1 and 1"
+        )
+    else:
+        factor[i, j] = 0.5
+        values = "0.5 and 0" if i < j else "0 and 0.5"
+        message = rf"its entries \[{small}, {large}\] and \[{large}, {small}\] are {values}"
+    with pytest.raises(RuntimeError, match=message):
+        check_finite(("w",), None, factor)
+
+
+def test_checks_need_little_memory():
+    """No copy of a factor is made, nor is it decomposed."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            for each in result if isinstance(result, tuple) else [result]:
+                if isinstance(each, Tensor) and each.untyped_storage().data_ptr() != own:
+                    largest = max(largest, each.numel())
+            assert "linalg" not in func.name()
+            return result
+
+    rows = torch.rand(8, 600)
+    factor = rows.T @ rows
+    factor[0, 1] *= 1 + 1e-6
+    own = factor.untyped_storage().data_ptr()
+    with Watch():
+        check_finite(("w",), factor, None)
+    assert largest <= 2**16
+
+
+# ---- eigendecompositions -------------------------------------------------------------------------
+def indefinite(factor: Tensor) -> Tensor:
+    """A matrix with an eigenvalue -0.8, whose 2 × 2 minors are positive."""
+    result = torch.eye(len(factor), dtype=factor.dtype)
+    result[:3, :3] = torch.tensor([[1.0, 0.9, -0.9], [0.9, 1.0, 0.9], [-0.9, 0.9, 1.0]])
+    return result
+
+
+@pytest.mark.parametrize("what", ["input", "gradient"])
+def test_negative_eigenvalues_of_factors(what: str, monkeypatch: pytest.MonkeyPatch):
+    """EKFAC warns; KFAC does not look, and cannot be inverted."""
+    plant(monkeypatch, what, indefinite)
+    message = f"The {what} factor of '2.weight' is not .*definite: its .* between -0.8 and 1.9"
+    with pytest.warns(UserWarning, match=message) as record:
+        build(EKFACLinearOperator)
+    assert len(record) == 1
+    K = build()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Inverting factor", UserWarning)
+        with pytest.raises(RuntimeError, match="not positive definite"):
+            K.inverse(1e-3)
+
+
+def test_how_much_of_a_spectrum_is_rounding():
+    for values in ([-1e-4, 0.0, 1.0], [0.0, 0.0], [-1e-12, 1e3], []):
+        check_spectrum(("w",), "input", torch.tensor(values))
+    check_spectrum(("w",), "input", torch.tensor([-0.02, 1.0], dtype=torch.bfloat16))
+    check_spectrum(("w",), "input", torch.cat([torch.tensor([-5e-3]), torch.ones(8191)]))
+    for values in ([-1e-3, 1.0], [-1.0, -0.5], [-1e-5, 0.0], [-1e-3, 0.5, 1.0]):
+        with pytest.warns(UserWarning, match=r"input factor of 'w' is not positive semi-definite"):
+            check_spectrum(("w",), "input", torch.tensor(values))
+
+
+def test_failing_eigendecompositions_name_the_layer(monkeypatch: pytest.MonkeyPatch):
+    right = torch.linalg.eigh
+
+    def eigh(matrix: Tensor) -> Any:
+        if matrix.dtype == F32:
+            raise torch.linalg.LinAlgError("no convergence")
+        return right(matrix)
+
+    torch.manual_seed(0)
+    expected = build(EKFACLinearOperator).to_dense()
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="failed in torch.float32; retrying") as record:
+        E = build(EKFACLinearOperator)
+    texts = [str(each.message) for each in record]
+    for name in ("0.weight", "2.weight", "0.bias", "2.bias"):
+        for what in ("input", "gradient"):
+            count = sum(
+                f"Eigendecomposing the {what} factor of '{name}' failed" in t for t in texts
+            )
+            assert count == (what == "gradient" or "weight" in name)
+    torch.testing.assert_close(E.to_dense(), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t * math.nan, "'2.weight' are not finite. Check the data, the parameters"),
+        (lambda t: t + math.inf, "'2.weight' are not finite. Check the data, the parameters"),
+        (lambda t: -t, "'2.weight' are between -.* but sums of squares are not negative"),
+        (lambda t: t - 0.1 * t.max(), "'2.weight' are between -.* but sums of squares are not neg"),
+    ],
+)
+def test_wrong_eigenvalues(change: Any, message: str, monkeypatch: pytest.MonkeyPatch):
+    right = EigenvalueStatistic.totals
+
+    def totals(self: Any) -> Any:
+        found = right(self)
+        return [(p, [*map(change, x)] if NAMES[1] in p.key else x) for p, x in found]
+
+    monkeypatch.setattr(EigenvalueStatistic, "totals", totals)
+    with pytest.raises(RuntimeError, match=f"The eigenvalues of {message}"):
+        build(EKFACLinearOperator)
+
+
+def test_how_much_of_an_eigenvalue_is_rounding():
+    check_eigenvalues(("w",), torch.tensor([[0.0, -1e-7], [0.5, 1.0]]))
+    check_eigenvalues(("w",), torch.zeros(0, 3))
+    for values in ([[-1e-5, 1.0]], [[-1e-30, 0.0]], [[-1e-5, 0.1], [0.5, 1.0]]):
+        with pytest.raises(RuntimeError, match="eigenvalues of 'w', 'b' are between -1"):
+            check_eigenvalues(("w", "b"), torch.tensor(values))
+
+
+class Balanced(nn.Module):
+    """Embeddings of a sequence with weights whose sum is zero, up to rounding."""
+
+    def __init__(self, weights: Tensor):
+        super().__init__()
+        self.embedding = nn.Embedding(2, 3)
+        self.weights = nn.Buffer(torch.cat([weights, -weights.sum(0, keepdim=True)]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.embedding(x) * self.weights.unsqueeze(-1)).sum(1)
+
+
+def test_sums_that_cancel_are_not_negative():
+    """The gradients of equal tokens cancel; products of two roundings may have any sign."""
+    for _ in range(20):
+        weights = torch.randn(199)
+        E = build(
+            EKFACLinearOperator,
+            model=Balanced(weights),
+            data=[(torch.zeros(1, 200).long(), torch.rand(1, 3))],
+            fisher_type="empirical",
+        )
+        assert E.block("embedding.weight").eigenvalues.min() >= 0
