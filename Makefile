@@ -23,7 +23,7 @@ PEERS := $(addprefix build/peers/,backpack-for-pytorch curvlinops-for-pytorch he
 export PYTHON TORCH
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format bench $(PEERS) FORCE
+.PHONY: help demo test test-all mutate lint format bench $(PEERS) FORCE
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ test: $(VENV)/installed  ## Run the tests and the examples in docstrings, withou
 
 test-all: $(VENV)/installed  ## Run all tests
 	$(RUN) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+mutate: $(VENV)/installed  ## Break the mathematics in one place after the other: do the tests see it?
+	$(RUN) test/mutation/mutate.py --jobs $(WORKERS) $(ARGS)
 
 lint: $(VENV)/installed  ## Check style, format and types
 	$(RUN) -m ruff check .
