@@ -157,7 +157,26 @@ class KFACComputer(Looking):
             num_data=num_data,
             batch_size_fn=batch_size_fn,
             collective=self.collective,
+            purpose=self._purpose(),
         )
+
+    def _purpose(self) -> str:
+        """Return what must be the same on all ranks, besides the arguments of the risk."""
+        options = {
+            "fisher_type": str(self.fisher_type),
+            "kfac_approx": str(self.kfac_approx),
+            "mc_samples": self.mc_samples,
+            "seed": self._random.seed,
+            "separate_weight_and_bias": self.separate_weight_and_bias,
+            "unsupported": self.unsupported,
+            "loss_terms": self.loss_terms,
+            "max_factor_size": self.max_factor_size,
+            "worker_fraction": self.worker_fraction,
+            "memory_budget": self.memory_budget,
+            "precision": self.precision,
+        }
+        listing = ", ".join(f"{name}={value}" for name, value in options.items())
+        return f"{type(self).__name__}({listing})"
 
     #: Whether the operator holds eigenvectors and eigenvalues, rather than factors.
     decomposes = False

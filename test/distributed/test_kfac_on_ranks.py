@@ -235,22 +235,34 @@ def test_costs(two: Ranks, fraction: float) -> None:
 
     Catches: whole matrices, everything decomposed everywhere, blocks in the order of layers.
     """
+    check_costs(two, fraction)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fraction", [1.0, 0.0])
+def test_costs_of_four(four: Ranks, fraction: float) -> None:
+    """So it is on four ranks."""
+    check_costs(four, fraction)
+
+
+def check_costs(ranks: Ranks, fraction: float) -> None:
+    """Compare what ranks send and decompose with what they must."""
     triangle = 4 * sum(d * (d + 1) / 2 for i, o in itertools.pairwise(WIDTHS) for d in (i, o))
     blocks = [i**3 + o**3 for i, o in itertools.pairwise(WIDTHS)]
-    kfac = two(costs, "kfac", fraction)
+    kfac = ranks(costs, "kfac", fraction)
     for construction, inverse, here in kfac:
         assert triangle <= construction["bytes"] <= 1.1 * triangle
         assert construction["cost"] == 0
-        assert inverse["cost"] <= sum(blocks) / 2 + max(blocks)
+        assert inverse["cost"] <= sum(blocks) / ranks.size + max(blocks)
         assert here == (len(blocks) if fraction == 1 else here)
     assert sum(inverse["cost"] for _, inverse, _ in kfac) == sum(blocks)
     if fraction == 0:  # what is stored is shared out, and no inverse is sent
         assert sum(here for *_, here in kfac) == len(blocks)
         assert all(inverse["bytes"] < 1000 for _, inverse, _ in kfac)
-    ekfac = two(costs, "ekfac", fraction)
+    ekfac = ranks(costs, "ekfac", fraction)
     assert sum(construction["cost"] for construction, *_ in ekfac) == sum(blocks)
     for construction, *_ in ekfac:
-        assert construction["cost"] <= sum(blocks) / 2 + max(blocks)
+        assert construction["cost"] <= sum(blocks) / ranks.size + max(blocks)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -445,6 +457,17 @@ def indefinite() -> None:
     K = case.shared(KFACLinearOperator, [1], worker_fraction=0.0)
     K.inverse(-1e9)
     K.inverse(lambda block: 1.0 if dist.get_rank() == 0 else float("nan"))
+
+
+def other_options() -> None:
+    approx = ("expand", "reduce")[dist.get_rank()]
+    with pytest.raises(RuntimeError, match=r"must build the same operator.*kfac_approx=expand"):
+        network().shared(KFACLinearOperator, [1], kfac_approx=approx)
+
+
+def test_other_options(two: Ranks) -> None:
+    """Ranks that want different things are told so, before anything is computed."""
+    two(other_options)
 
 
 @pytest.mark.parametrize("failing", [unsupported_on_one_rank, not_finite, indefinite])
