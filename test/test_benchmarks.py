@@ -248,6 +248,7 @@ def run(tmp_path: Path, suite: str) -> tuple[dict[str, list[str]], Any]:
     return read(result.stdout), json.loads(output.read_text())[suite]
 
 
+@pytest.mark.slow
 def test_products_run_without_peers(tmp_path: Path):
     rows, content = run(tmp_path, "products")
     for what in ("Hessian", "Hessian, kept graph", "GGN", "GGN, kept graph"):

@@ -105,7 +105,7 @@ def test_all_steps(log: bool, name: str, dtype: torch.dtype, kappa: float) -> No
     assert torch.allclose(density, expected, atol=1e-8 * expected.max())
 
 
-@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("log", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_convergence_in_repeats(log: bool) -> None:
     """The mean over many vectors is the broadened spectrum, in which all eigenvalues count alike.
 

@@ -773,7 +773,14 @@ def check_batch_case(case: tuple[str, int, str, bool], backend: str) -> None:
     check_compiled(problem, options, uniforms, backend)
 
 
-@pytest.mark.parametrize("case", [BATCH_CASES[i] for i in (0, 2, 5)], ids=lambda case: case[0])
+@pytest.mark.parametrize(
+    "case",
+    [
+        # one of each kind is enough for a quick run
+        pytest.param(BATCH_CASES[i], id=BATCH_CASES[i][0], marks=[pytest.mark.slow][:slow])
+        for i, slow in ((0, True), (2, False), (5, False))
+    ],
+)
 def test_compiled(case: tuple[str, int, str, bool]) -> None:
     check_batch_case(case, "aot_eager")
 

@@ -86,8 +86,13 @@ def assert_equal(a: Any, b: Any) -> None:
 @pytest.mark.parametrize(
     ("case", "joint", "options"),
     [
-        ("cnn", True, {"fisher_type": "type-2"}),
-        ("tied-one", False, {"fisher_type": "mc", "kfac_approx": "reduce"}),
+        pytest.param("cnn", True, {"fisher_type": "type-2"}, marks=pytest.mark.slow),
+        pytest.param(
+            "tied-one",
+            False,
+            {"fisher_type": "mc", "kfac_approx": "reduce"},
+            marks=pytest.mark.slow,
+        ),
         ("attention", True, {"fisher_type": "empirical", "max_factor_size": 4}),
     ],
 )

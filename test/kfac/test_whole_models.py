@@ -148,7 +148,10 @@ def test_tied_weights(name: str) -> None:
         assert ".wte, " in line or "word_embeddings, " in line
 
 
-@each_model
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n.startswith("bert") else []) for n in NAMES],
+)
 def test_make_fx(name: str) -> None:
     """The other backend; also with the check, and signs."""
     options = {"loss_terms": "signs", "check_deterministic": True}

@@ -392,8 +392,8 @@ def transposed_jacobian_of_other_rows(patch: Patch) -> None:
 
 @defect("GGN: matrix: relative error")
 def no_scale(patch: Patch) -> None:
-    def unscaled(original: Any, self: Any, fn: Any, desc: str = "", scaled: bool = True) -> Any:
-        return original(self, fn, desc, scaled=False)
+    def unscaled(original: Any, self: Any, fn: Any, desc: str = "", **options: Any) -> Any:
+        return original(self, fn, desc, **{**options, "scaled": False})
 
     wrap(patch, EmpiricalRisk, "sum_over_data", unscaled)
 
