@@ -362,7 +362,7 @@ class Accumulator(Generic[S]):
             "num_data": self.num_data,
             "next_term": self.next_term,
             "weight": self._weight,
-            "normalizer": torch.as_tensor(self._normalizer).clone(),
+            "normalizer": float(self._normalizer),
             "usages": [encode(usage) for usage in self._computer.usages],
             "diagonals": {name: d.clone() for name, d in self._diagonals.items()},
             "sums": None if self._sums is None else self._encoded(self._sums),
@@ -388,7 +388,7 @@ class Accumulator(Generic[S]):
         self._computer.know(usages, state["diagonals"])
         self._sums = None if state["sums"] is None else self._decoded(state["sums"])
         self._diagonals = {n: d.to(device, copy=True) for n, d in state["diagonals"].items()}
-        self._normalizer = state["normalizer"].to(device, copy=True)
+        self._normalizer = state["normalizer"]
         self._weight = state["weight"]
         self.num_updates = state["num_updates"]
         self.num_data = state["num_data"]

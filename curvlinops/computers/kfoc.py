@@ -120,7 +120,9 @@ class KFOCComputer(KFACComputer):
                 ]
             else:
                 result[plan.key] = self._exact(plan, exact[plan.key], scale, self.like)
-        return result
+        if not self.collective.alone:  # every rank has searched for all blocks
+            self.assign({plan.key: [plan.key] for plan in plans})
+        return {key: blocks for key, blocks in result.items() if self._holds(key)}
 
     def _products(
         self, plans: Sequence[GroupPlan], operands: dict[Key, list[Tensor | None]], adjoint: bool
