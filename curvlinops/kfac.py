@@ -146,9 +146,7 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
         precision: Precision | None = None,
         memory_budget: int | None = None,
     ):
-        if backend not in self._BACKENDS:
-            raise ValueError(f"backend must be one of {sorted(self._BACKENDS)}, got {backend!r}.")
-        computer = self._BACKENDS[backend](
+        computer = self._computer_of(backend)(
             model_func,
             loss_func,
             params,
@@ -207,9 +205,14 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
             2.bias         16 B            16 B     16 B         32 B     1
             stored 12.1 KiB, at most 12.9 KiB meanwhile, in 1 pass
         """
+        return cls._computer_of(backend)(*args, **kwargs).memory()
+
+    @classmethod
+    def _computer_of(cls, backend: str) -> type[KFACComputer]:
+        """Return the type of computer of a backend."""
         if backend not in cls._BACKENDS:
             raise ValueError(f"backend must be one of {sorted(cls._BACKENDS)}, got {backend!r}.")
-        return cls._BACKENDS[backend](*args, **kwargs).memory()
+        return cls._BACKENDS[backend]
 
     def _compute(self, computer: Any) -> dict[Key, list[Any]]:
         """Pass over the data; return what the blocks of each group are made of."""

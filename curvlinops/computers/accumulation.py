@@ -59,14 +59,12 @@ class Accumulator(Generic[S]):
         worker_fraction: float = 1.0,
         precision: Precision | None = None,
     ):
-        backends = self._OPERATOR._BACKENDS
-        if backend not in backends:
-            raise ValueError(f"backend must be one of {sorted(backends)}, got {backend!r}.")
+        computer = self._OPERATOR._computer_of(backend)
         if decay is not None and not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, or None, got {decay}.")
         if first_term is not None and first_term < 0:
             raise ValueError(f"first_term must not be negative, got {first_term}.")
-        self._computer: Any = backends[backend](
+        self._computer: Any = computer(
             model_func,
             loss_func,
             params,

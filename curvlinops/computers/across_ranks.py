@@ -13,7 +13,7 @@ from curvlinops.computers.plan import GroupPlan
 from curvlinops.computers.positions import Moment
 from curvlinops.computers.usages import Usage
 from curvlinops.distributed import Collective
-from curvlinops.distributed.transfers import Sums
+from curvlinops.distributed.transfers import BucketedSums
 
 
 def check_same_steps(collective: Collective, data: Any) -> None:
@@ -123,7 +123,7 @@ def add_moments(
                     f"rank {collective.name(rank)}. All ranks must have the same model."
                 )
             counts[key] = counts.get(key, 0.0) + count
-    sums = Sums(collective)
+    sums = BucketedSums(collective)
     for key, (shape, dtype, diagonal, groups) in described.items():
         if key not in moments:
             moments[key] = Moment(diagonal, groups, dtype)
@@ -159,7 +159,7 @@ def add_totals(
     described = collective.gather(
         {key: [None if t is None else tuple(t.shape) for t in ts] for key, ts in own.items()}
     )
-    sums = Sums(collective)
+    sums = BucketedSums(collective)
     for key, totals in own.items():
         for block, total in enumerate(totals):
             shapes = {others[key][block] for others in described} - {None}

@@ -145,7 +145,7 @@ def _group(collective: Collective) -> Any:
 
 
 # ---- sums of symmetric matrices ------------------------------------------------------------------
-class Sums:
+class BucketedSums:
     """Tensors that are added over the ranks in buckets; of symmetric matrices, only one half.
 
     All ranks add tensors of the same shapes and dtypes in the same order.
@@ -219,4 +219,4 @@ def _mirror(matrix: Tensor) -> None:
         square.copy_(square.triu() + square.triu(1).mT)
 
 
-__all__ = ["Sums", "broadcast", "reduce", "share"]
+__all__ = ["BucketedSums", "broadcast", "reduce", "share"]

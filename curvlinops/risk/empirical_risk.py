@@ -187,11 +187,6 @@ class EmpiricalRisk:
         return self._functional.unsharded()
 
     @property
-    def num_batches(self) -> int | None:
-        """The number of batches on this rank, or None where the data cannot tell."""
-        return self._source.length
-
-    @property
     def inner_module(self) -> nn.Module | None:
         """The user's module, inside of wrappers that name parameters; None for a function."""
         return self._functional.inner_module
