@@ -189,10 +189,12 @@ class _Watch(TorchFunctionMode):
             with self:  # what it calls is hidden from modes otherwise
                 return _open_attention(*args, **kwargs)
         with _unseen():
-            involved = self._involved(args, kwargs)
+            touched = self._touched(args, kwargs)
+            involved = self._params.involved([x for x in touched if id(x) not in self._constants])
         if not involved:
             output = func(*args, **kwargs)
-            self._note_constants(output)
+            if touched:  # else the result cannot share memory with a parameter
+                self._note_constants(output)
             return output
         if not torch.is_grad_enabled() and torch._C._is_fwd_grad_enabled():  # in no_grad
             output = func(*args, **kwargs)
@@ -215,10 +217,9 @@ class _Watch(TorchFunctionMode):
                 self._collector.other_uses.setdefault(name, reason)
         return output
 
-    def _involved(self, *values: Any) -> set[str]:
-        """Return the parameters among arguments that are not detached."""
-        tensors = [x for x in tensors_in(values) if id(x) not in self._constants]
-        return self._params.involved(tensors)
+    def _touched(self, *values: Any) -> list[Tensor]:
+        """Return the tensors among arguments that share memory with parameters."""
+        return [x for x in tensors_in(values) if self._params.owners(x)]
 
     def _note_constants(self, output: Any) -> None:
         """Note the detached views among results; they are held, so that their ids stay theirs."""
@@ -235,8 +236,10 @@ class _Watch(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name.startswith("new_") or name.endswith("_like"):
             return False
-        if (name == "to" or name.endswith("_as")) and not self._involved(args[:1]):
-            return False  # brings something to the dtype, ... of a parameter
+        if name == "to" or name.endswith("_as"):
+            first = [x for x in self._touched(args[:1]) if id(x) not in self._constants]
+            if not first:
+                return False  # brings something to the dtype, ... of a parameter
         results = [x for x in tensors_in([result]) if x.is_floating_point() or x.is_complex()]
         return not all(self._params.owners(x) for x in results)
 

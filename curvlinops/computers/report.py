@@ -19,7 +19,7 @@ from curvlinops.sharded import RemoteBlock
 # How far an entry may be off, relative to the root of the product of its two diagonal entries: even
 # products of float32 may be those of bfloat16, see torch.set_float32_matmul_precision.
 _SLACK = 2**-5
-_TILE = 256  # rows and columns that are compared at once, those of a transpose fit into caches
+_MAX_STRIP = 2**17  # entries that are compared at once with their mirror images: they fit in caches
 _CHECK_VALUES = "Check the data, the parameters and the loss for NaN, infinities and overflow."
 _ORIGIN = (
     "Factors are sums of outer products: check layers and losses that were registered, and "
@@ -59,45 +59,53 @@ def _listing(names: tuple[str, ...]) -> str:
 
 def _check_factor(name: str, values: Tensor) -> None:
     """Raise if a matrix ``[d, d]`` or diagonal ``[d]`` cannot be a factor."""
-    if not _tensors.all_finite(values):
-        raise RuntimeError(f"{name} has non-finite values. {_CHECK_VALUES}")
     if values.ndim == 2 and values.shape[0] != values.shape[1]:
         raise RuntimeError(f"{name} is not symmetric: its shape is {list(values.shape)}. {_ORIGIN}")
     diagonal = _tensors.widened(values if values.ndim == 1 else values.diagonal())
     size = len(diagonal)
     limits = torch.finfo(torch.float32)  # in which a float64 factor may have been computed
     underflow = limits.tiny / limits.eps + torch.finfo(values.dtype).tiny
-    rounding = 10 * size * limits.eps * diagonal.max().clamp(min=0) + underflow
-    i = int(diagonal.argmin())
-    if diagonal[i] < -rounding:
+    smallest, largest = diagonal.aminmax()
+    rounding = 10 * size * limits.eps * largest.clamp(min=0) + underflow
+    _refuse_infinite(name, diagonal)
+    if smallest < -rounding:
         raise RuntimeError(
-            f"{name} is not positive semi-definite: its diagonal entry {i} is "
-            f"{diagonal[i].item():.3g}. {_ORIGIN}"
+            f"{name} is not positive semi-definite: its diagonal entry {int(diagonal.argmin())} is "
+            f"{smallest.item():.3g}. {_ORIGIN}"
         )
     if values.ndim == 1:
         return
     scale = (diagonal.clamp(min=0) + rounding).rsqrt()  # which makes the diagonal (about) 1
-    for i in range(0, size, _TILE):
-        for j in range(i, size, _TILE):
-            _check_tile(name, values, scale, i, j)
+    height = max(_MAX_STRIP // size, 1)
+    for start in range(0, size, height):
+        _check_strip(name, values, scale, start, start + height)
 
 
-def _check_tile(name: str, values: Tensor, scale: Tensor, top: int, left: int) -> None:
-    """Raise if entries of a tile above the diagonal ``[_TILE, _TILE]`` cannot be a factor's."""
-    rows, columns = slice(top, top + _TILE), slice(left, left + _TILE)
-    tile, mirrored = _tensors.widened(values[rows, columns]), values[columns, rows].mT
-    scales = scale[rows], scale[columns]
-    if not torch.equal(values[rows, columns], mirrored):
-        place = _first_beyond(tile - mirrored, *scales, _SLACK)
-        if place:
-            i, j = sorted((top + place[0], left + place[1]))
+def _refuse_infinite(name: str, values: Tensor) -> None:
+    """Raise if a factor, or a part of it, has values that are not finite."""
+    if not _tensors.all_finite(values):
+        raise RuntimeError(f"{name} has non-finite values. {_CHECK_VALUES}")
+
+
+def _check_strip(name: str, values: Tensor, scale: Tensor, start: int, stop: int) -> None:
+    """Raise if the entries of a few rows above the diagonal are not those of a factor."""
+    rows, columns = slice(start, stop), slice(start, None)
+    upper, mirrored = values[rows, columns], values[columns, rows].mT
+    wide, scales = _tensors.widened(upper), (scale[rows], scale[columns])
+    place = _first_beyond(wide, *scales, 1 + _SLACK)
+    asymmetric = not torch.equal(upper, mirrored)
+    if place or asymmetric:
+        _refuse_infinite(name, values)
+    if asymmetric:
+        different = _first_beyond(wide - mirrored, *scales, _SLACK)
+        if different:
+            i, j = sorted(start + index for index in different)
             raise RuntimeError(
                 f"{name} is not symmetric: its entries {[i, j]} and {[j, i]} are "
                 f"{values[i, j].item():.3g} and {values[j, i].item():.3g}. {_ORIGIN}"
             )
-    place = _first_beyond(tile, *scales, 1 + _SLACK)
     if place:
-        i, j = sorted((top + place[0], left + place[1]))
+        i, j = sorted(start + index for index in place)
         raise RuntimeError(
             f"{name} is not positive semi-definite: its entry {[i, j]} is "
             f"{values[i, j].item():.3g}, more than its diagonal entries {i} and {j}, "
@@ -106,15 +114,15 @@ def _check_tile(name: str, values: Tensor, scale: Tensor, top: int, left: int) -
 
 
 def _first_beyond(
-    tile: Tensor, left: Tensor, right: Tensor, bound: float
+    entries: Tensor, left: Tensor, right: Tensor, bound: float
 ) -> tuple[int, int] | None:
-    """Return the place of the largest ``left_i |tile_ij| right_j``, if it is beyond a bound."""
-    scaled = tile * right
-    extremes = torch.maximum(scaled.amax(dim=1), -scaled.amin(dim=1)) * left
-    if bool(extremes.max() <= bound):
+    """Return the place of the largest ``left_i |x_ij| right_j``, if it is not within a bound."""
+    scaled = (entries * right).abs_()
+    largest = scaled.amax(dim=1) * left
+    if bool(largest.max() <= bound):  # which NaN is not
         return None
-    row = int(extremes.argmax())
-    return row, int(scaled[row].abs().argmax())
+    row = int(largest.argmax())
+    return row, int(scaled[row].argmax())
 
 
 def check_spectrum(names: tuple[str, ...], what: str, values: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvlinops.computers.plan import GroupPlan, Rows
-from curvlinops.computers.positions import Moment, Positions, flat_rows, widened
+from curvlinops.computers.positions import Moment, Positions, flat_rows, packed, widened
 from curvlinops.computers.usages import Part, Usage
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.kfac_utils import KFACType
@@ -349,7 +349,9 @@ class CovarianceStatistic:
         diagonal = width > self._max_factor_size or any(m.diagonal for m in moments)
         sums = [_aligned(moment, width, groups, diagonal) for moment in moments]
         if len(sums) == 1 and not keep and not diagonal:
-            total = sums[0].mul_(scale)  # two copies may be more than all else that is held
+            # in place: two copies may be more than all else that is held
+            total = sums[0].mul_(scale)
+            total = packed(total[0]).unsqueeze(0) if groups == 1 else total
         elif sums:
             total = (torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]) * scale
         else:
