@@ -118,7 +118,7 @@ def check_replacement(what: str, old: PyTorchLinearOperator, new: PyTorchLinearO
         raise ValueError(
             f"Shape mismatch in {what}: {old!r} maps {describe(old.in_shape)} to "
             f"{describe(old.out_shape)}, but {new!r} maps {describe(new.in_shape)} to "
-            f"{describe(new.out_shape)}."
+            f"{describe(new.out_shape)}. Both must map between the same spaces."
         )
     check_same(what, old, new)
 
@@ -130,6 +130,15 @@ def like(device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor
     operator multiplies tensors of any device and dtype.
     """
     return None if device is None and dtype is None else torch.empty(0, device=device, dtype=dtype)
+
+
+def of_block(index: int, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function makes of a block; its error notes the block, for who can name it."""
+    try:
+        return function(*arguments)
+    except (RuntimeError, ValueError) as error:
+        error.block = index  # type: ignore[union-attr]  # of blocks in blocks, the outermost stays
+        raise
 
 
 def check_strategy(strategy: dict[str, Any]) -> None:

@@ -13,10 +13,12 @@ from curvlinops.computers.eigenvalues import Basis, EigenvalueStatistic
 from curvlinops.computers.ekfac import basis_of
 from curvlinops.computers.encoding import decode, encode
 from curvlinops.computers.positions import Moment
+from curvlinops.computers.report import factor_name
 from curvlinops.computers.statistics import CovarianceStatistic
 from curvlinops.ekfac import EKFACLinearOperator
 from curvlinops.kfac import KFACLinearOperator
 from curvlinops.risk.model import ModelFunction
+from curvlinops.risk.ranks import different_values
 from curvlinops.sharded import gathered
 
 
@@ -115,6 +117,7 @@ class EKFACAccumulator(Accumulator[EigenvalueStatistic]):
 
     Raises:
         ValueError: If the basis does not fit the model's layers; on the first batch.
+        RuntimeError: If ranks of a process group have different bases.
 
     Example:
         >>> import torch
@@ -158,6 +161,24 @@ class EKFACAccumulator(Accumulator[EigenvalueStatistic]):
         for group, block in zip(groups, gathered(basis)[1], strict=True):
             key = tuple(group.values())
             self._bases[key], self._sizes[key] = basis_of(block)
+        self._check_bases()
+
+    def _check_bases(self) -> None:
+        """Raise if ranks have different bases, in which eigenvalues cannot be added."""
+        vectors = {
+            f"the {factor_name(key, what)}{f', block {i}' if len(bases) > 1 else ''}": Q
+            for key, bases in self._bases.items()
+            for i, basis in enumerate(bases)
+            for what, Q in zip(("gradient", "input"), basis, strict=True)
+            if Q is not None
+        }
+        different = different_values(self._collective, vectors)
+        if different:
+            listing = ", ".join(different[:3]) + ", ..." * (len(different) > 3)
+            raise RuntimeError(
+                f"Ranks have different eigenvectors of {listing}: pass the same basis on all of "
+                "them, KFAC or EKFAC of all data, with the same process_group."
+            )
 
     def _new_sums(self) -> EigenvalueStatistic:
         for plan in self._computer.plans:

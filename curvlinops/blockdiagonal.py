@@ -17,6 +17,7 @@ from curvlinops._operator import (
     check_same,
     check_strategy,
     matmat_each,
+    of_block,
 )
 from curvlinops._rules import rule
 from curvlinops._saving import saveable
@@ -59,7 +60,7 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
     def __init__(self, blocks: Sequence[PyTorchLinearOperator], flat: bool = False):
         blocks = list(blocks)
         if not blocks:
-            raise ValueError("A block-diagonal operator needs at least one block.")
+            raise ValueError("A block-diagonal operator needs at least one block, got none.")
         for block in blocks[1:]:
             check_same("a block-diagonal operator", blocks[0], block)
         in_shape = [shape for block in blocks for shape in block.in_shape]
@@ -168,7 +169,8 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
         self, function: Callable[..., PyTorchLinearOperator], *values: Sequence[Any]
     ) -> BlockDiagonalLinearOperator:
         """Return the operator of what an expensive function makes of each block and its values."""
-        return self._like([function(*each) for each in zip(self._blocks, *values, strict=True)])
+        each = enumerate(zip(self._blocks, *values, strict=True))
+        return self._like([of_block(i, function, *arguments) for i, arguments in each])
 
     # ---- closed forms, each from those of the blocks --------------------------------------------
     def trace(self) -> Tensor:
@@ -219,7 +221,10 @@ class BlockDiagonalLinearOperator(PyTorchLinearOperator):
 
     def _resolve_damping(self, damping: Damping) -> list[Any]:
         pairs = zip(self._blocks, block_dampings(damping, len(self), self), strict=True)
-        return [block._resolve_damping(value) for block, value in pairs]
+        return [
+            of_block(i, lambda block, value: block._resolve_damping(value), *pair)
+            for i, pair in enumerate(pairs)
+        ]
 
     def eigh(self) -> BlockDiagonalLinearOperator:
         """Return the operator of the blocks in eigendecomposed form."""

@@ -70,12 +70,12 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
             and vectors are the same on all ranks, which make the same calls in the same order, and
             each gets the result for all data. ``num_data`` counts those of all ranks.
 
-    With a process group, a product takes one all-reduce, also of its checks. Random numbers are
+    With a process group, a product takes one all-reduce, also of its checks (and a second one if it
+    has more columns than the one before it, or, as the first, than one). Random numbers are
     those of one process that has the parts of all ranks, in their order; only the first rank shows
     progress bars. An exception on one rank is one on all of them. What cannot be told (a
-    ``KeyboardInterrupt``, the death of a process, a rank that makes no product or one with another
-    number of columns or dtype) ends in an error of the backend, at the latest after the group's
-    ``timeout``; ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` lets PyTorch compare shapes first. Products
+    ``KeyboardInterrupt``, the death of a process, a rank that makes no product or one in another
+    dtype) ends in an error of the backend, at the latest after the group's ``timeout``. Products
     cannot be differentiated (``record_gradients``), and ``torch.compile`` runs them as they are. A
     model in ``DistributedDataParallel`` is used without the wrapper, with or without ``"module."``
     in the names of ``params``.
@@ -185,6 +185,8 @@ class RiskLinearOperator(ModelLinearOperator):
         self._differentiator = Differentiator(self._risk, chunk_size)
         self._kept = KeptGraphs() if keep_graph else None
         shapes = [p.shape for p in self._risk.params.values()]
+        # so that already the first product of a vector takes a single all-reduce
+        collective.room = sum(shape.numel() for shape in shapes)
         super().__init__(shapes, shapes)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import prod
 from typing import Any, NoReturn
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from curvlinops._damping import Damping
 from curvlinops._formats import Columns
-from curvlinops._operator import PyTorchLinearOperator, map_state
+from curvlinops._operator import PyTorchLinearOperator, map_state, of_block
 from curvlinops._saving import FORMAT_VERSION, rebuild_operator
 from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.distributed import Collective
@@ -23,7 +23,7 @@ class RemoteBlock(PyTorchLinearOperator):
 
     Args:
         size: Its number of rows.
-        holders: The ranks that hold it.
+        holders: The ranks that hold it, by the numbers that users know.
         like: An empty tensor of its device and dtype.
     """
 
@@ -84,7 +84,7 @@ class ShardedBlockDiagonalLinearOperator(BlockDiagonalLinearOperator):
         self.collective = collective
         super().__init__(
             [
-                block if collective.rank in ranks else _remote(block, ranks)
+                block if collective.rank in ranks else _remote(block, map(collective.name, ranks))
                 for block, ranks in zip(blocks, self.holders, strict=True)
             ]
         )
@@ -110,7 +110,7 @@ class ShardedBlockDiagonalLinearOperator(BlockDiagonalLinearOperator):
         """Return the operator of what the owner of each block makes of it."""
         arguments = list(zip(self._blocks, *values, strict=True))
         with self.collective.together():
-            own = {i: function(*arguments[i]) for i in self._own()}
+            own = {i: of_block(i, function, *arguments[i]) for i in self._own()}
         blocks = [own.get(i, block) for i, block in enumerate(self._blocks)]
         shared = [i for i, ranks in enumerate(self.holders) if len(ranks) > 1]
         if shared:
@@ -153,7 +153,7 @@ class ShardedBlockDiagonalLinearOperator(BlockDiagonalLinearOperator):
         held = [i for i, ranks in enumerate(self.holders) if collective.rank in ranks]
         if self._is_whole():
             return [function(i) for i in held]
-        with collective.together():
+        with collective.together(sum(map(prod, shapes))):
             results = {i: function(i) for i in held}
         for owner in range(collective.size):
             sent = [
@@ -248,13 +248,10 @@ def _sharded(item: Any) -> Iterator[bool]:
             yield from _sharded(value)
 
 
-def _remote(block: PyTorchLinearOperator, holders: Sequence[int]) -> RemoteBlock:
+def _remote(block: PyTorchLinearOperator, holders: Iterable[int]) -> RemoteBlock:
     """Return what stands for a block that is not held."""
-    if isinstance(block, RemoteBlock):
-        return block
-    return RemoteBlock(
-        block.shape[0], holders, torch.empty(0, dtype=block.dtype, device=block.device)
-    )
+    like = torch.empty(0, dtype=block.dtype, device=block.device)
+    return RemoteBlock(block.shape[0], list(holders), like)
 
 
 def _plain(item: Any) -> Any:

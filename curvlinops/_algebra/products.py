@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import reduce
 from itertools import pairwise
 from operator import matmul
@@ -49,7 +50,7 @@ class _ChainPyTorchLinearOperator(PyTorchLinearOperator):
         for op in operators:
             flat.extend(op if isinstance(op, _ChainPyTorchLinearOperator) else [op])
         if not flat:
-            raise ValueError("A chain needs at least one operator.")
+            raise ValueError("A chain needs at least one operator, got none.")
         for left, right in pairwise(flat):
             _check_product(left, right)
         typed = [op for op in flat if op.dtype is not None]
@@ -147,7 +148,8 @@ class _ChainPyTorchLinearOperator(PyTorchLinearOperator):
         """Return P (B + δI)⁻¹ P⁻¹; without damping also the inverse of square operators."""
         inner, resolved = self._inner(), self._resolve_damping(damping)
         if inner is not None:
-            return self._wrap(inner.inverse(resolved, **strategy))
+            with self._naming_blocks():
+                return self._wrap(inner.inverse(resolved, **strategy))
         check_strategy(strategy)
         self._check_square("inverse")
         self._check_square_factors("inverse")
@@ -159,19 +161,40 @@ class _ChainPyTorchLinearOperator(PyTorchLinearOperator):
         inner = self._inner()
         if inner is None:
             return super()._resolve_damping(damping)
-        # the canonical form of Kronecker-factored operators, which has a block for each group
+        names = self._block_names()
+        if isinstance(damping, Mapping) and names is not None:
+            damping = named_dampings(damping, names, self)
+        with self._naming_blocks():
+            return inner._resolve_damping(damping)
+
+    def _block_names(self) -> list[list[str]] | None:
+        """Return the names of each block's parameters, of Kronecker-factored operators."""
+        # their canonical form has a block for each group of parameters
         groups = getattr(self._operators[0], "_groups", None)
-        if isinstance(damping, Mapping) and groups is not None:
-            damping = named_dampings(damping, [list(g.values()) for g in groups], self)
-        return inner._resolve_damping(damping)
+        return None if groups is None else [list(group.values()) for group in groups]
+
+    @contextmanager
+    def _naming_blocks(self) -> Iterator[None]:
+        """Let an error about a block of B name the block's parameters."""
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:
+            names, index = self._block_names(), getattr(error, "block", None)
+            if names is not None and index is not None:
+                error.args = (f"The block of {', '.join(map(repr, names[index]))}: {error}",)
+            raise
 
     def eigh(self) -> PyTorchLinearOperator:
         """Return P eigh(B) P⁻¹."""
-        return self._wrap(self._need_inner("eigh").eigh())
+        inner = self._need_inner("eigh")
+        with self._naming_blocks():
+            return self._wrap(inner.eigh())
 
     def power(self, exponent: float) -> PyTorchLinearOperator:
         """Return P Bᵖ P⁻¹."""
-        return self._wrap(self._need_inner("power").power(exponent))
+        inner = self._need_inner("power")
+        with self._naming_blocks():
+            return self._wrap(inner.power(exponent))
 
     def pinv(self, rtol: float | None = None) -> PyTorchLinearOperator:
         """Return ``(P B Q)⁺ = Qᵀ B⁺ Pᵀ`` for permutations P and Q."""
@@ -202,7 +225,7 @@ def _check_product(left: PyTorchLinearOperator, right: PyTorchLinearOperator) ->
     if left.in_shape != right.out_shape:
         raise ValueError(
             f"Shape mismatch in a product: {left!r} takes {describe(left.in_shape)}, but "
-            f"{right!r} returns {describe(right.out_shape)}."
+            f"{right!r} returns {describe(right.out_shape)}. These must be the same."
         )
     check_same("a product", left, right)
 

@@ -186,12 +186,7 @@ class Accumulator(Generic[S]):
         """Add the sums of a batch."""
         n, next_term, normalizer = increment
         names = self._computer.diagonal
-        if self.num_updates and sorted(self._diagonals) != names:
-            new = sorted(set(names) - set(self._diagonals))
-            raise RuntimeError(
-                f"The parameters {new} had factors so far, but this batch uses them in other ways "
-                "than in layers. Leave them out of params, or begin with such a batch."
-            )
+        self._check_diagonals("this batch uses")
         diagonals = self._diagonals_of(names, X, y, n, normalizer)
         mean = self._computer.risk.reduction == "mean"
         if self.decay is not None:
@@ -243,14 +238,15 @@ class Accumulator(Generic[S]):
         With a process group it is that of the batches of all ranks, which all call this.
 
         Raises:
-            RuntimeError: If no batch was added, or factors have non-finite values.
+            RuntimeError: If no batch was added, or factors have non-finite values; or if ranks
+                have other values of ``decay``, or use parameters in other ways.
         """
         computer, collective = self._computer, self._collective
         if not collective.any(self._sums is not None):
             raise RuntimeError("There are no data yet: call update(X, y) first.")
         sums, normalizer, weight, raw = self._sums, self._normalizer, self._weight, self._diagonals
         if not collective.alone:
-            computer.share_uses()
+            self._check_ranks()
             sums = self._new_sums() if sums is None else copy.deepcopy(sums)
             self._add_over_ranks(sums)
             weight = max(collective.gather(weight))
@@ -272,6 +268,24 @@ class Accumulator(Generic[S]):
         with torch.no_grad():
             parts = self._parts(sums, scale, diagonals)
         return self._OPERATOR._of(computer, parts)
+
+    def _check_ranks(self) -> None:
+        """Learn how other ranks use parameters, and raise on all if that does not fit together."""
+        decays = self._collective.gather(self.decay)
+        if any(decay != decays[0] for decay in decays):
+            raise RuntimeError(f"Accumulators need the same decay on all ranks, but have {decays}.")
+        self._computer.share_uses()
+        with self._collective.together():
+            self._check_diagonals("another rank uses")
+
+    def _check_diagonals(self, who: str) -> None:
+        """Raise if parameters had factors so far that are now used in other ways."""
+        new = sorted(set(self._computer.diagonal) - set(self._diagonals))
+        if self.num_updates and new:
+            raise RuntimeError(
+                f"The parameters {new} had factors so far, but {who} them in other ways than in "
+                "layers. Leave them out of params, or begin with such a batch."
+            )
 
     @property
     def _collective(self) -> Collective:
@@ -351,7 +365,8 @@ class Accumulator(Generic[S]):
         """Return all sums so far, as tensors and plain values, for ``torch.save``.
 
         Loaded into a new accumulator with the same arguments, they continue where this one stands,
-        also in the middle of a pass over the data, with the same random numbers.
+        also in the middle of a pass over the data, with the same random numbers. With a process
+        group, each rank has sums of its own data: each saves its own state, and loads that again.
         """
         return {
             "version": _FORMAT_VERSION,

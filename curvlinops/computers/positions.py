@@ -273,13 +273,14 @@ def _new_square(rows: Tensor, width: int) -> Tensor:
     return rows.new_zeros(width, -(-width // line) * line)[:, :width]
 
 
-def packed(matrix: Tensor) -> Tensor:
-    """Move the rows of a matrix together, in its own memory, if there is room between them."""
-    if matrix.is_contiguous() or matrix.stride(-1) != 1:
-        return matrix
+def packed(total: Tensor) -> Tensor:
+    """Return a moment's sum ``[groups, d, d]`` without room between its rows, in its own memory."""
+    if total.is_contiguous() or len(total) > 1:  # only a single matrix can have such room
+        return total
+    (matrix,) = total
     num_rows, width = matrix.shape
     whole = matrix.as_strided((num_rows, width), (width, 1))
     for start in range(0, num_rows, 64):
         rows = slice(start, start + 64)
         whole[rows] = matrix[rows].clone()  # as both may overlap
-    return whole
+    return whole.unsqueeze(0)

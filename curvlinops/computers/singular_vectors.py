@@ -141,11 +141,12 @@ def _normalized(matrix: Tensor) -> tuple[float, Tensor]:
     return largest * norm, matrix / largest / norm
 
 
-def positive_part(matrix: Tensor) -> Tensor:
+def positive_part(matrix: Tensor, name: str = "a singular vector, as a matrix,") -> Tensor:
     """Return the positive semi-definite part of a symmetric matrix, or of a diagonal.
 
     Args:
         matrix: The matrix ``[d, d]`` or diagonal ``[d]``. Non-finite ones are returned as they are.
+        name: What it is, for warnings and errors.
 
     Example:
         >>> positive_part(torch.tensor([[1.0, 0.0], [0.0, -2.0]]))
@@ -155,7 +156,7 @@ def positive_part(matrix: Tensor) -> Tensor:
         return matrix
     if matrix.ndim == 1:
         return matrix.clamp(min=0)
-    values, Q = _tensors.eigh(matrix, name="a Kronecker factor")
+    values, Q = _tensors.eigh(matrix, name=name)
     if bool((values >= 0).all()):
         return matrix
     return _symmetric((Q * values.clamp(min=0)) @ Q.T)

@@ -349,9 +349,8 @@ class CovarianceStatistic:
         diagonal = width > self._max_factor_size or any(m.diagonal for m in moments)
         sums = [_aligned(moment, width, groups, diagonal) for moment in moments]
         if len(sums) == 1 and not keep and not diagonal:
-            # in place: two copies may be more than all else that is held
-            total = sums[0].mul_(scale)
-            total = packed(total[0]).unsqueeze(0) if groups == 1 else total
+            total = sums[0].mul_(scale)  # two copies may be more than all else that is held
+            total = packed(total)
         elif sums:
             total = (torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]) * scale
         else:

@@ -23,6 +23,8 @@ class Collective:
         size: Number of processes.
         alone: Whether there is no communication.
         device: Where the tensors are that are communicated.
+        room: For how many numbers :func:`~curvlinops.distributed.add_shares` has room in its first
+            all-reduce, the same on all ranks; it notes how many its last call had.
 
     Example:
         >>> collective = Collective()
@@ -34,6 +36,7 @@ class Collective:
     size: int = 1
     alone: bool = True
     device: torch.device = torch.device("cpu")
+    room: int = 0
 
     # ---- what a distributed collective implements ------------------------------------------------
     def all_reduce(self, buffer: Tensor) -> Tensor:
@@ -101,7 +104,8 @@ class Collective:
             if described != layout:
                 raise RuntimeError(
                     f"The tensors to sum differ between ranks: {layout} on rank "
-                    f"{self.name(first)}, but {described} on rank {self.name(r)}."
+                    f"{self.name(first)}, but {described} on rank {self.name(r)}. They must be "
+                    "the same."
                 )
         sums: list[Tensor] = [torch.empty(0)] * len(layout)
         for dtype in sorted({summed_as(dtype) for _, dtype in layout}, key=str):
@@ -140,15 +144,19 @@ class Collective:
         return any(other for (other,) in self.exchange([int(flag)]))
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def together(self, size: int = 0) -> Iterator[None]:
         """Make an exception on one rank one on all ranks, at the end of a ``with`` block.
 
         Inside, there is no communication. Only an ``Exception`` is told: after a
         ``KeyboardInterrupt``, or the death of a process, the others wait until the process group
         finds out, at the latest after its timeout.
 
+        Args:
+            size: How many numbers are sent next, which is compared, too.
+
         Raises:
-            RuntimeError: If the block raised on other ranks only, naming them.
+            RuntimeError: If the block raised on other ranks only, naming them; or if sizes differ,
+                on all ranks.
         """
         if self.alone:
             yield
@@ -158,8 +166,9 @@ class Collective:
             yield
         except Exception as raised:
             error = raised
-        flags = self.exchange([int(error is not None)])
-        self.raise_failures([r for r, (flag,) in enumerate(flags) if flag], error)
+        everybody = self.exchange([int(error is not None), size])
+        self.raise_failures([r for r, (flag, _) in enumerate(everybody) if flag], error)
+        self.check_same("What ranks send", [other for _, other in everybody])
 
     def raise_failures(self, failed: Iterable[int], error: Exception | None) -> None:
         """Raise if there are ranks that failed.
@@ -176,6 +185,29 @@ class Collective:
         numbers = ", ".join(str(self.name(r)) for r in failed)
         if numbers:
             raise RuntimeError(f"Rank(s) {numbers} failed: the cause is the error raised there.")
+
+    def check_same(self, what: str, sizes: list[int]) -> None:
+        """Raise if ranks have different sizes.
+
+        Args:
+            what: What has a size, for the message.
+            sizes: The sizes on all ranks, which every rank knows.
+
+        Raises:
+            RuntimeError: If they differ, naming the ranks.
+        """
+        if len(set(sizes)) == 1:
+            return
+        ranks_with: dict[int, list[str]] = {}
+        for r, size in enumerate(sizes):
+            ranks_with.setdefault(size, []).append(str(self.name(r)))
+        listing = "; ".join(
+            f"{size:,} numbers on rank(s) {', '.join(ranks)}" for size, ranks in ranks_with.items()
+        )
+        raise RuntimeError(
+            f"{what} differs in size: {listing}. All ranks of a process group must make the same "
+            "calls in the same order: multiply matrices with the same number of columns everywhere."
+        )
 
 
 def summed_as(dtype: torch.dtype) -> torch.dtype:

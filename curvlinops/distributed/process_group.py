@@ -18,8 +18,9 @@ class ProcessGroupCollective(Collective):
     It belongs to the process: a copy is the same object. If a rank does not take part in a call,
     the others get an error from the process group's backend: at once if the connection breaks,
     otherwise after the group's timeout (``timeout`` of ``torch.distributed.init_process_group``).
-    What has another shape on one rank cannot be seen here, and ends in the same way; with the
-    environment variable ``TORCH_DISTRIBUTED_DEBUG=DETAIL``, PyTorch compares shapes first.
+    Backends do not compare shapes: with gloo, a process whose tensor is smaller than another rank's
+    is ended, and one whose tensor is larger gets wrong numbers. So callers compare sizes first; or
+    PyTorch does, with the environment variable ``TORCH_DISTRIBUTED_DEBUG=DETAIL``.
 
     Args:
         group: The process group. Backends: gloo, for the CPU, and NCCL, for GPUs.

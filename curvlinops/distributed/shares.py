@@ -1,4 +1,11 @@
-"""The sums over the data of all ranks, and what must be known of them, in one all-reduce."""
+"""The sums over the data of all ranks, and what must be known of them, in one all-reduce.
+
+Backends do not compare what ranks add: a buffer of another size ends a process, hangs, or gives
+wrong numbers. So the first all-reduce of a call has a size that ranks agree on beforehand: it has
+room for a header, which says how many numbers each rank adds, and for as many numbers as the call
+before had (or the operator has parameters, or a few, see ``_ROOM``). What does not fit follows in a
+second all-reduce, once all ranks know that they add the same.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +23,13 @@ from curvlinops.distributed.exact import (
     integer_digits,
     integer_of,
 )
+
+#: Numbers for which there always is room in the first all-reduce.
+_ROOM = 1024
+#: Entries of a header are a multiple of it, so that what follows is aligned.
+_ALIGNED = 64
+#: Integers below it are exact in float32.
+_EXACT = 2**24
 
 
 @dataclass
@@ -42,15 +56,15 @@ def add_shares(
     dtypes: Sequence[torch.dtype],
     device: torch.device,
 ) -> Share:
-    """Add what all ranks have found, by one all-reduce of one buffer.
+    """Add what all ranks have found, by one all-reduce of one buffer, or sometimes two.
 
-    The buffer has the widest of the dtypes, and float32 at least. It ends with one flag for each
-    rank that failed, and the digits of the numbers.
+    The buffer has the widest of the dtypes, and float32 at least. It begins with a header: for each
+    rank, whether it failed and how many numbers it adds; and the digits of the two other numbers.
 
     Args:
         collective: Communication with the other ranks.
         share: What this rank has found.
-        shapes: The shapes of the sums. They must be equal on all ranks, and so must be ``dtypes``.
+        shapes: The shapes of the sums. ``dtypes`` must be equal on all ranks.
         dtypes: Their dtypes.
         device: Where they are.
 
@@ -59,33 +73,46 @@ def add_shares(
 
     Raises:
         Exception: If this rank failed: its own error.
-        RuntimeError: If only other ranks failed.
+        RuntimeError: If only other ranks failed, or ranks have sums of different size; on all of
+            them. More can be added afterwards.
     """
     dtype = torch.float32
     for other in dtypes:
         dtype = torch.promote_types(dtype, summed_as(other))
-    failed = [
-        float(share.error is not None and r == collective.rank) for r in range(collective.size)
-    ]
-    numbers = [*failed, *integer_digits(share.num_examples), *float_digits(share.normalizer)]
-    header = torch.tensor(numbers, dtype=dtype, device=device)
-    num_entries = sum(shape.numel() for shape in shapes)
+    size = sum(shape.numel() for shape in shapes)
+    slots = [0.0] * (3 * collective.size)
+    own = slice(3 * collective.rank, 3 * collective.rank + 3)
+    slots[own] = [float(share.error is not None), size % _EXACT, size // _EXACT]
+    numbers = [*slots, *integer_digits(share.num_examples), *float_digits(share.normalizer)]
+    length = -(-len(numbers) // _ALIGNED) * _ALIGNED
+    room = max(collective.room, _ROOM)
+    first = length + room
+    buffer = torch.zeros(max(first, length + size), dtype=dtype, device=device)
+    buffer[: len(numbers)] = torch.tensor(numbers, dtype=dtype, device=device)
     if share.error is None and share.tensors:
-        parts = flattened(share.tensors, dtype, device)
-    else:
-        parts = [torch.zeros(num_entries, dtype=dtype, device=device)]
-    buffer = torch.cat([*parts, header])
-    del parts
+        torch.cat(flattened(share.tensors, dtype, device), out=buffer[length : length + size])
     share.tensors.clear()  # large, and not needed any more
-    sums, header = collective.all_reduce(buffer).split([num_entries, len(numbers)])
-    numbers = header.tolist()  # on a GPU, this waits for the sum
-    flags, numbers = numbers[: collective.size], numbers[collective.size :]
-    collective.raise_failures([r for r, flag in enumerate(flags) if flag], share.error)
+    buffer = _added(collective, buffer, 0, first)
+    numbers = buffer[: len(numbers)].tolist()  # on a GPU, this waits for the sum
+    slots, digits = numbers[: len(slots)], numbers[len(slots) :]
+    collective.raise_failures([r for r, flag in enumerate(slots[::3]) if flag], share.error)
+    pairs = zip(slots[1::3], slots[2::3], strict=True)
+    collective.check_same("What ranks add", [int(low) + _EXACT * int(high) for low, high in pairs])
+    if length + size > first:
+        buffer = _added(collective, buffer, first, len(buffer))
+    collective.room = size
     return Share(
-        split(sums, list(shapes)),
-        integer_of(numbers[:INTEGER_DIGITS]),
-        float_of(numbers[INTEGER_DIGITS:]),
+        split(buffer[length : length + size], list(shapes)),
+        integer_of(digits[:INTEGER_DIGITS]),
+        float_of(digits[INTEGER_DIGITS:]),
     )
+
+
+def _added(collective: Collective, buffer: Tensor, start: int, stop: int) -> Tensor:
+    """Return a buffer of which a part was added over the ranks; in place, if they do so."""
+    part = buffer[start:stop]
+    total = collective.all_reduce(part)
+    return buffer if total is part else torch.cat([buffer[:start], total, buffer[stop:]])
 
 
 __all__ = ["Share", "add_shares"]

@@ -51,7 +51,7 @@ class EmpiricalRisk:
 
     On several ranks, each has a part of the data (or none), and sums and counts are those of all.
     All make the same calls in the same order; each pass ends in one all-reduce. An exception on one
-    rank is one on all, see :meth:`Collective.together`.
+    rank is one on all, see :meth:`~curvlinops.distributed.Collective.together`.
 
     At construction, there are two passes over the data with ``check_deterministic=True``, else one
     if ``num_data`` is not given (the model is not evaluated), else none. Neither construction nor
@@ -208,7 +208,7 @@ class EmpiricalRisk:
 
     @property
     def forward_mode_ok(self) -> bool:
-        """Whether forward-mode derivatives of the model are right, see :class:`FunctionalModel`."""
+        """Whether forward-mode derivatives of the model are right, see ``FunctionalModel``."""
         return self._functional.forward_mode_ok
 
     @property
@@ -327,8 +327,8 @@ class EmpiricalRisk:
             desc: What the progress bar says.
             scaled: Whether to multiply by c; else c is taken for 1.
             like: Tensors of the shapes and dtypes of the result, which a rank without data cannot
-                know otherwise. Needed on several ranks; shapes and dtypes must be the same on all
-                of them: if not, they wait for each other until the process group's timeout.
+                know otherwise. Needed on several ranks. Other sizes on one of them are an error on
+                all; other dtypes end in one of the backend.
 
         Returns:
             :math:`c \sum_b f(b)`, for each of the tensors that ``fn`` returns; detached if the
@@ -354,7 +354,7 @@ class EmpiricalRisk:
             scale, sums = self.for_each_batch(add, desc), total.tensors
         else:
             if like is None:
-                raise ValueError("like is needed: a rank without data does not know the shapes.")
+                raise ValueError("like is needed on several ranks: one without data does not know shapes.")
             scale, sums = _uncompiled(self._visit_on_all_ranks)(add, desc, total, like)
             total.dtypes, total.owned = [t.dtype for t in like], True
         scale = scale if scaled else 1.0
@@ -373,7 +373,7 @@ class EmpiricalRisk:
         """
         loss = self.loss
         if loss is None:
-            raise ValueError("There is no loss function to evaluate.")
+            raise ValueError("There is no loss function to evaluate: pass loss_func.")
 
         def loss_and_gradient(batch: Batch) -> tuple[list[Tensor], Tensor | float]:
             params = {name: p.detach().requires_grad_() for name, p in self.params.items()}
@@ -427,8 +427,8 @@ class EmpiricalRisk:
     ) -> tuple[Tensor | float, list[Tensor]]:
         """Pass over the data of all ranks; return the scale c and the sums of all ranks.
 
-        The sums of this rank are those that ``fn`` adds to ``total``. Exactly one all-reduce is
-        made, also if there is an exception on this rank.
+        The sums of this rank are those that ``fn`` adds to ``total``. One all-reduce is made, also
+        if there is an exception on this rank, or two, see :mod:`curvlinops.distributed.shares`.
         """
         share = Share()
         try:
@@ -437,7 +437,7 @@ class EmpiricalRisk:
                 n, normalizer = self._visit(fn, desc)
             shapes = [t.shape for t in total.tensors]
             if n and shapes != [t.shape for t in like]:
-                raise ValueError(f"Sums have the shapes {shapes}, not those of like.")
+                raise ValueError(f"Sums must have the shapes of like, got {shapes}.")
             share = Share(total.tensors, n, float(normalizer))
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError):  # frees what the pass holds

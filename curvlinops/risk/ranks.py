@@ -73,19 +73,9 @@ def compare_params(collective: Collective, params: dict[str, Tensor]) -> None:
     Raises:
         RuntimeError: If values differ, on all ranks. The message names the parameters.
     """
-    if collective.alone:
-        return
-    own = {name: _statistics(p) for name, p in params.items() if type(p).__name__ != "DTensor"}
-    everybody = collective.gather(own)
-    different = []
-    for name, (_, norm, eps) in own.items():
-        sums = [statistics[name][0] for statistics in everybody]
-        norms = [statistics[name][1] for statistics in everybody]
-        tolerance = eps**0.5 * norm
-        # NaN is no difference: it is reported where it does harm.
-        if any(max(v) - min(v) > tolerance for v in (sums, norms)):
-            different.append(name)
-    if collective.any(bool(different)):
+    whole = {name: p for name, p in params.items() if type(p).__name__ != "DTensor"}
+    different = different_values(collective, whole)
+    if different:
         names = ", ".join(repr(name) for name in different)
         raise RuntimeError(
             f"The values of parameters differ between ranks: {names}. All ranks need the same "
@@ -93,6 +83,28 @@ def compare_params(collective: Collective, params: dict[str, Tensor]) -> None:
             "DistributedDataParallel), or use the same seed. (check_deterministic=False skips this "
             "check.)"
         )
+
+
+def different_values(collective: Collective, tensors: dict[str, Tensor]) -> list[str]:
+    """Return which tensors differ between ranks beyond rounding errors, the same on all ranks.
+
+    Args:
+        collective: Communication with the other ranks.
+        tensors: Tensors by name. One that a rank lacks counts as different.
+    """
+    if collective.alone:
+        return []
+    everybody = collective.gather({name: _statistics(tensor) for name, tensor in tensors.items()})
+    different = []
+    for name in dict.fromkeys(name for statistics in everybody for name in statistics):
+        found = [statistics[name] for statistics in everybody if name in statistics]
+        sums, norms, eps = zip(*found, strict=True)
+        tolerance = max(eps) ** 0.5 * max(norms)
+        # NaN is no difference: it is reported where it does harm.
+        differ = any(max(values) - min(values) > tolerance for values in (sums, norms))
+        if differ or len(found) < len(everybody):
+            different.append(name)
+    return different
 
 
 def _statistics(p: Tensor) -> tuple[float, float, float]:
@@ -106,4 +118,4 @@ def _statistics(p: Tensor) -> tuple[float, float, float]:
     return total, square**0.5, torch.finfo(p.dtype).eps
 
 
-__all__ = ["compare_operators", "compare_params"]
+__all__ = ["compare_operators", "compare_params", "different_values"]

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from process_ranks import Ranks, collectives
+from torch import Tensor
 
 from curvlinops import ShardSampler
 from curvlinops.distributed import Collective, ProcessGroupCollective, Share, add_shares
@@ -111,6 +112,15 @@ def check_sum() -> None:
 def check_together() -> None:
     collective = ProcessGroupCollective(dist.group.WORLD)
     r = dist.get_rank()
+    with collectives() as seen, collective.together(5):
+        pass
+    assert len(seen) == 1
+    with pytest.raises(RuntimeError, match="What ranks send differs in size"):  # noqa: SIM117
+        with collective.together(5 + r):
+            pass
+    expected = KeyError if r == 0 else RuntimeError
+    with pytest.raises(expected, match=r"planted|Rank\(s\) 0 failed"), collective.together(5 + r):
+        _ = [{}["planted"] for _ in range(r == 0)]
     for failing in ([0], [1], [0, 1]):
         expected = KeyError if r in failing else RuntimeError
         with pytest.raises(expected) as info, collective.together():
@@ -141,13 +151,61 @@ def check_shares() -> None:
     assert info.value is error or f"Rank(s) {R - 1} failed" in str(info.value)
 
 
-CHECKS = [check_methods, check_sum, check_together, check_shares]
+def check_sizes() -> None:
+    """Large sums take one all-reduce too, once their size is known; other sizes are an error."""
+    collective = ProcessGroupCollective(dist.group.WORLD)
+    r, R = dist.get_rank(), dist.get_world_size()
+
+    def add(size: int, error: Exception | None = None) -> tuple[Tensor, int]:
+        values = torch.arange(1.0, size + 1) * (1 + r)
+        share = Share([] if error else [values], 1, 0.5, error)
+        shape = torch.Size((size,))
+        with collectives() as seen:
+            total = add_shares(collective, share, [shape], [values.dtype], torch.device("cpu"))
+        assert set(seen) == {"allreduce"} and total.num_examples == R and total.normalizer == R / 2
+        return total.tensors[0], len(seen)
+
+    # small ones, larger ones than before, as large ones, smaller ones
+    for size, calls in ((3, 1), (1024, 1), (1025, 2), (1025, 1), (5000, 2), (5000, 1), (4, 1)):
+        total, number = add(size)
+        assert torch.equal(total, torch.arange(1.0, size + 1) * (R * (R + 1) / 2))
+        assert number == calls
+    assert add(5000)[1] == 2  # there was room for fewer
+    for sizes in ((3, 4), (3, 5000), (7000, 3), (5000, 5001)):
+        for odd in range(R):
+            size = sizes[r == odd]
+            with pytest.raises(RuntimeError, match="What ranks add differs in size") as info:
+                add(size)
+            assert f"{sizes[1]:,} numbers on rank(s) {odd}" in str(info.value)
+            assert "same number of columns" in str(info.value)
+            with pytest.raises((KeyError, RuntimeError)) as info:  # is more important
+                add(size, KeyError("planted") if r == 0 else None)
+            assert r == 0 or "Rank(s) 0 failed" in str(info.value)
+    assert add(5000)[1] == 1  # nothing was noted of what failed
+
+
+def check_sizes_that_float32_rounds() -> None:
+    """Catches sizes that are sent as one number."""
+    collective = ProcessGroupCollective(dist.group.WORLD)
+    size = 2**24 + dist.get_rank()
+    share = Share(error=None)
+    with pytest.raises(RuntimeError, match=r"16,777,216 numbers on rank.*; 16,777,217 numbers"):
+        add_shares(collective, share, [torch.Size((size,))], [torch.float32], torch.device("cpu"))
+
+
+CHECKS = [check_methods, check_sum, check_together, check_shares, check_sizes]
 
 
 @pytest.mark.parametrize("check", CHECKS)
 def test_two_ranks(two: Ranks, check: Any) -> None:
     """Each catches what its assertions say."""
     two(check)
+
+
+@pytest.mark.slow
+def test_large_sizes(two: Ranks) -> None:
+    """Sizes are exact however large they are."""
+    two(check_sizes_that_float32_rounds)
 
 
 @pytest.mark.slow

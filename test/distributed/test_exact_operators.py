@@ -508,9 +508,44 @@ def test_construction_fails(two: Ranks, problem: str) -> None:
 
 
 def wrong_columns() -> None:
+    """Other numbers of columns on one rank, whichever; then the group works on."""
     case = make("regression")
+    expected = case.operator(GGNLinearOperator)
+    V = torch.rand(expected.shape[1], 100, dtype=torch.float64)
     A = case.shared(GGNLinearOperator, [1])
-    A @ torch.rand(A.shape[1], 1 + dist.get_rank(), dtype=torch.float64)
+    for columns in ((1, 2), (2, 1), (1, 100), (100, 1)):
+        with pytest.raises(RuntimeError, match="same number of columns everywhere") as info:
+            A @ V[:, : columns[dist.get_rank()]]
+        for rank, number in enumerate(columns):
+            assert f"{26 * number:,} numbers on rank(s) {rank}" in str(info.value)
+    same(A @ V, expected @ V)  # more numbers than fit into the first all-reduce
+
+
+def test_wrong_columns(two: Ranks) -> None:
+    """Catches what the backend does of it: it ends one of the processes, without an exception."""
+    two(wrong_columns)
+
+
+def first_product_of_many_parameters() -> None:
+    """More numbers than there always is room for, but no more than the operator has columns."""
+    model = torch.nn.Linear(100, 50)
+    data = [(torch.rand(3 + dist.get_rank(), 100), torch.rand(3 + dist.get_rank(), 50))]
+    A = GGNLinearOperator(
+        model,
+        torch.nn.MSELoss(),
+        dict(model.named_parameters()),
+        data,
+        process_group=dist.group.WORLD,
+    )
+    for columns, number in ((1, 1), (2, 2), (2, 1), (1, 1)):
+        with collectives() as seen:
+            A @ torch.ones(A.shape[1], columns)
+        assert seen == ["allreduce"] * number, (columns, seen)
+
+
+def test_first_product_takes_one_all_reduce(two: Ranks) -> None:
+    """Catches a first product without room for its sums."""
+    two(first_product_of_many_parameters)
 
 
 def dies() -> None:
@@ -529,7 +564,7 @@ def goes_missing() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", [wrong_columns, dies, goes_missing])
+@pytest.mark.parametrize("function", [dies, goes_missing])
 def test_what_cannot_be_told(function: Any) -> None:
     """Ends in an error of the backend within the group's timeout."""
     ranks = Ranks(2)

@@ -296,6 +296,69 @@ def test_accumulators(two: Ranks) -> None:
     two(check_accumulators, 0.5)
 
 
+def bases_of_own_data() -> None:
+    """Each rank has a basis of its own part of the data."""
+    case = network()
+    args = (case.model, case.loss("mean"), case.params)
+    K = KFACLinearOperator(*args, part(case.data, [2]), fisher_type="type-2")
+    with pytest.raises(RuntimeError, match="different eigenvectors of the gradient factor of 'conv"):
+        EKFACAccumulator(*args, K, process_group=dist.group.WORLD, fisher_type="type-2")
+
+
+def test_bases_of_own_data_are_refused(two: Ranks) -> None:
+    """Catches eigenvalues of different bases that are added."""
+    two(bases_of_own_data)
+
+
+class Sometimes(nn.Module):
+    """Uses its weight in a layer; for long sequences in another way, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.linear.weight.sum() if x.shape[-2] > 2 else 1.0
+        return (factor * self.linear(x)).mean(-2)
+
+
+def check_accumulators_that_do_not_fit() -> None:
+    """Ranks with other options, or uses of parameters, raise all; none gives wrong numbers."""
+    model, rank = Sometimes().double(), dist.get_rank()
+    args = (model, nn.MSELoss(), dict(model.named_parameters()))
+    options: dict[str, Any] = {"fisher_type": "type-2", "process_group": dist.group.WORLD}
+    X, y = torch.rand(4, 2 + rank, 3).double(), torch.rand(4, 2).double()
+    accumulator = KFACAccumulator(*args, **options, unsupported="diagonal")
+    accumulator.update(X, y)
+    message = (
+        r"\['linear.weight'\] had factors so far, but another rank uses them in other ways"
+        if rank == 0
+        else r"Rank\(s\) 0 failed"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        accumulator.to_operator()
+    # a rank without data has nothing that would not fit
+    accumulator = KFACAccumulator(*args, **options, unsupported="diagonal")
+    expected = KFACAccumulator(*args, fisher_type="type-2", unsupported="diagonal")
+    if rank == 1:
+        accumulator.update(X, y)
+    expected.update(*((X, y) if rank == 1 else (torch.rand(4, 3, 3).double(), y)))
+    operator = accumulator.to_operator()
+    assert operator.mapping == expected.to_operator().mapping
+    if rank == 1:
+        assert torch.allclose(operator.to_dense(), expected.to_operator().to_dense(), 1e-9)
+    accumulator = KFACAccumulator(*args, **options, decay=(0.5, 0.9)[rank])
+    accumulator.update(X[:, :2], y)
+    with pytest.raises(RuntimeError, match=r"same decay on all ranks, but have \[0\.5, 0\.9\]"):
+        accumulator.to_operator()
+
+
+@pytest.mark.slow
+def test_accumulators_that_do_not_fit(two: Ranks) -> None:
+    """Catches a sum of some ranks only, and a mean that nobody has asked for."""
+    two(check_accumulators_that_do_not_fit)
+
+
 def check_data_parallel() -> None:
     """A model in DistributedDataParallel, with either names of parameters; also in training."""
     case = network()
@@ -387,6 +450,10 @@ def check_fsdp() -> None:
         KFACLinearOperator(model, loss, params, part(data, [1]), process_group=group)
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason="this PyTorch's fully_shard does not run on the CPU, as that of PyTorch 2.6",
+)
 def test_fsdp(two: Ranks) -> None:
     """Catches layers that are not recognised, and gradients that lack their weights."""
     two(check_fsdp)
@@ -435,6 +502,30 @@ def remote_messages() -> list[str]:
 def test_remote_blocks(two: Ranks) -> None:
     """A block that is elsewhere says where, and how to get it."""
     assert all(two(remote_messages))
+
+
+def check_names_of_blocks() -> None:
+    """The rank that decomposes a block names its parameters, and the others name the rank."""
+    case = network()
+    K = case.shared(KFACLinearOperator, [1], worker_fraction=0.0)
+    names = [list(group.values()) for group in K.mapping]
+    index = names.index(["square.weight"])
+    (owner,) = K[1].holders[index]
+    if dist.get_rank() == owner:
+        K.factors("square.weight")[0].neg_()
+    message = (
+        "The block of 'square.weight': Cannot invert factor 0"
+        if dist.get_rank() == owner
+        else rf"Rank\(s\) {owner} failed"
+    )
+    for invert in (K.inverse, (2 * K).inverse):
+        with pytest.raises(RuntimeError, match=message):
+            invert(1e-3)
+
+
+def test_names_of_blocks(two: Ranks) -> None:
+    """Catches the numbers of a rank's own blocks."""
+    two(check_names_of_blocks)
 
 
 def unsupported_on_one_rank() -> None:

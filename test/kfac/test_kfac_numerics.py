@@ -5,6 +5,7 @@ Factors are second moments: what is not finite, symmetric or positive semi-defin
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -15,10 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from curvlinops import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
+from curvlinops import (
+    BlockDiagonalLinearOperator,
+    EKFACLinearOperator,
+    KFACLinearOperator,
+    KFOCLinearOperator,
+    KroneckerProductLinearOperator,
+)
 from curvlinops.computers.eigenvalues import EigenvalueStatistic
 from curvlinops.computers.kfoc import KFOCComputer
 from curvlinops.computers.report import check_eigenvalues, check_finite, check_spectrum
+from curvlinops.computers.singular_vectors import positive_part
 from curvlinops.computers.statistics import CovarianceStatistic
 from curvlinops.diag import DiagonalLinearOperator
 
@@ -232,7 +240,7 @@ def test_checks_need_little_memory():
     own = factor.untyped_storage().data_ptr()
     with Watch():
         check_finite(("w",), factor, None)
-    assert largest <= 2**16
+    assert largest <= 2**17 < factor.numel()
 
 
 # ---- eigendecompositions -------------------------------------------------------------------------
@@ -344,3 +352,84 @@ def test_sums_that_cancel_are_not_negative():
             fisher_type="empirical",
         )
         assert E.block("embedding.weight").eigenvalues.min() >= 0
+
+
+class Grouped(nn.Module):
+    """A convolution with channel groups, whose block has blocks, before a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.conv = nn.Conv1d(4, 6, 1, groups=2)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.conv(torch.tanh(self.first(x)).unsqueeze(-1)).flatten(1))
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["separate", "joint"])
+def test_errors_of_blocks_name_the_parameters(joint: bool) -> None:
+    """All forms that look at blocks one by one, also of what was made of the operator.
+
+    Catches: the index of a channel group in place of that of its layer, and the names of another
+    block.
+    """
+    K = build(model=Grouped().double(), separate_weight_and_bias=not joint)
+    for name in [name for group in K.mapping for name in group.values()]:
+        for part in K.factors(name):
+            for factor in part if isinstance(part, list) else [part]:
+                factor.copy_(torch.eye(len(factor)))
+    for index, group in enumerate(K.mapping):
+        names = ", ".join(map(repr, group.values()))
+        A = copy.deepcopy(K)
+        block: Any = A[1][index]
+        if isinstance(block, BlockDiagonalLinearOperator):
+            block = block[1]  # of the second channel group
+        block[0].fill_diagonal_(-1.0)
+        dampings = [math.nan if i == index else 1.0 for i in range(len(A[1]))]
+        calls: list[tuple[Any, str, Callable[[], Any]]] = [
+            (RuntimeError, "Cannot invert factor 0 of .* not positive definite", A.inverse),
+            (RuntimeError, "Cannot invert", lambda A=A: (2 * A).inverse(1e-3)),
+            (ValueError, "The power 0.5 .* is not real", A.sqrt),
+            (ValueError, "The power -0.5", lambda A=A: A.sample(inverse=True)),
+            (ValueError, "is NaN", lambda A=A, d=dampings: A.inverse(d, use_exact_damping=True)),
+        ]
+        for kind, message, call in calls:
+            with pytest.raises(kind, match=message) as info:
+                call()
+            assert str(info.value).count("The block of ") == 1
+            assert f"The block of {names}: " in str(info.value)
+
+
+def test_errors_of_eigendecompositions_name_the_parameters() -> None:
+    """A block that a user has replaced may be no symmetric matrix."""
+    K = build(model=Grouped().double())
+    index = [list(group.values()) for group in K.mapping].index(["last.weight"])
+    K[1][index] = KroneckerProductLinearOperator(torch.rand(3, 3).double(), torch.eye(6).double())
+    with pytest.raises(ValueError, match=r"The block of 'last.weight': .* is not Hermitian"):
+        K.eigh()
+
+
+def test_other_errors_have_no_names() -> None:
+    """What is not about a block stays as it was: keywords, and operators without parameters."""
+    K = build()
+    with pytest.raises(TypeError, match=r"^inverse\(\) got unexpected keywords"):
+        K.inverse(guess=1)
+    with pytest.raises(ValueError, match=r"^<.*> needs one damping for each of its 4 blocks"):
+        K.inverse([1.0])
+    B = BlockDiagonalLinearOperator([DiagonalLinearOperator([torch.zeros(2)])])
+    with pytest.raises(RuntimeError, match=r"^Cannot invert"):
+        B.inverse()
+
+
+def test_positive_parts_of_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails to be decomposed is not called a factor, which it is not."""
+
+    def fails(matrix: Tensor) -> Any:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with pytest.raises(RuntimeError, match="Cannot eigendecompose a singular vector, as a matrix"):
+        positive_part(torch.eye(2))
+    with pytest.raises(RuntimeError, match="Cannot eigendecompose the planted one"):
+        positive_part(torch.eye(2), "the planted one")

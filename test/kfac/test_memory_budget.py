@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import torch
 from kfac_cases import setup
-from torch import nn
+from torch import Tensor, nn
 
 from curvlinops import (
     EKFACLinearOperator,
     KFACLinearOperator,
     KFOCLinearOperator,
     Precision,
+    PyTorchLinearOperator,
 )
 from curvlinops.computers.kfac_hooks import HooksKFACComputer
+from curvlinops.computers.memory import GroupMemory, MemoryPlan, split_into_passes
 
 WIDTHS = (20, 30, 10, 40, 3)
 #: What is stored takes half as much as what is computed, so that several passes save memory.
@@ -155,3 +157,187 @@ def test_budget_too_small() -> None:
         KFOCLinearOperator(*args, memory_budget=10**9)
     with pytest.raises(ValueError, match="backend must be one of"):
         KFACLinearOperator.plan(*args, backend="guess")
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers of bytes, by hand
+# --------------------------------------------------------------------------------------------------
+class Net(nn.Module):
+    """Tokens, channel groups, a tied weight, and a parameter that is in no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.conv = nn.Conv1d(4, 6, 2, groups=2)
+        self.mix = nn.Linear(6, 4)
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.conv(self.embedding(x).mT)).mT  # [n, 5, 6]
+        return nn.functional.linear(self.mix(x) * self.scale, self.embedding.weight).mean(1)
+
+
+def net() -> dict[str, Any]:
+    model = Net()
+    data = [(torch.randint(7, (n, 6)), torch.rand(n, 7)) for n in (3, 5, 2)]
+    return {
+        "model_func": model,
+        "loss_func": nn.MSELoss(),
+        "params": dict(model.named_parameters()),
+        "data": data,
+        "unsupported": "diagonal",
+        # model, factors and what is stored have 4, 8 and 2 bytes
+        "precision": Precision(factors=torch.float64, storage=torch.bfloat16),
+    }
+
+
+ROWS = 5 * 5  # of the largest batch, with 5 positions after the convolution
+KFAC_ENTRIES = {
+    "embedding.weight": 7**2 + 4**2,  # as a linear layer from 4 to 7, and as an embedding
+    "conv.weight": 2 * (3**2 + 4**2),
+    "conv.bias": 6**2,
+    "mix.weight": 6**2 + 4**2,
+    "mix.bias": 4**2,
+}
+WORKING_SETS = {
+    "embedding.weight": 4 * 5 * 6 * (7 + 4),  # the embedding has more positions than the linear map
+    "conv.weight": 4 * ROWS * (2 * 4 + 6),
+    "conv.bias": 4 * ROWS * 6,
+    "mix.weight": 4 * ROWS * (6 + 4),
+    "mix.bias": 4 * ROWS * 4,
+}
+EIGENVALUES = {
+    "embedding.weight": 7 * 4,
+    "conv.weight": 2 * 3 * 4,
+    "conv.bias": 6,
+    "mix.weight": 4 * 6,
+    "mix.bias": 4,
+}
+
+
+def test_bytes_of_kfac() -> None:
+    """Each number is that of its dtype; the operator holds what was promised."""
+    plan = KFACLinearOperator.plan(**net())
+    K = KFACLinearOperator(**net())
+    rows = {row.names[0]: row for row in plan.rows}
+    assert list(rows) == [name for group in K.mapping for name in group.values()]
+    for name, entries in KFAC_ENTRIES.items():
+        row = rows[name]
+        held = (row.factors, row.decompositions, row.stored, row.computed)
+        assert held == (8 * entries, 2 * entries, 2 * entries, 8 * entries)
+        assert row.working_set == WORKING_SETS[name]
+        assert _bytes(K.block(name)) == row.stored
+    # the diagonal of the GGN is computed in the model's dtype
+    assert rows["scale"] == GroupMemory(("scale",), 0, 0, 2 * 4, 0, 4 * 4)
+    assert plan.stored == sum(row.stored for row in plan.rows) == _bytes(K[1])
+
+
+def test_bytes_of_ekfac() -> None:
+    """Factors and decompositions are held at once while eigenvalues are computed."""
+    arguments = net()
+    plan = EKFACLinearOperator.plan(**arguments)
+    E = EKFACLinearOperator(**arguments)
+    rows = {row.names[0]: row for row in plan.rows}
+    for name, matrices in KFAC_ENTRIES.items():
+        row, entries = rows[name], matrices + EIGENVALUES[name]
+        held = (row.factors, row.decompositions, row.stored, row.computed)
+        assert held == (8 * matrices, 8 * entries, 2 * entries, 8 * (matrices + entries))
+        assert row.working_set == WORKING_SETS[name]
+        assert _bytes(E.block(name)) == row.stored
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("limit", [3, 4, 6, 8])
+def test_bytes_of_diagonals(limit: int, approx: str) -> None:
+    """Wide factors, and counts of tokens, are diagonals; just as wide ones are not."""
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 8, bias=False), nn.Flatten())
+    data = [(torch.randint(6, (3, 2)), torch.rand(3, 16))]
+    arguments: Any = (model, nn.MSELoss(), dict(model.named_parameters()), data)
+    options: dict[str, Any] = {"max_factor_size": limit, "kfac_approx": approx}
+    plan = KFACLinearOperator.plan(*arguments, **options)
+    K = KFACLinearOperator(*arguments, **options)
+
+    def entries(width: int, tokens: bool = False) -> int:
+        return width if width > limit or tokens else width**2
+
+    tokens = entries(6, tokens=approx == "expand")
+    assert [row.stored for row in plan.rows] == [
+        4 * (entries(4) + tokens),
+        4 * (entries(8) + entries(4)),
+    ]
+    assert plan.stored == _bytes(K[1])
+
+
+def _bytes(item: Any) -> int:
+    """Return the bytes of the tensors in an operator."""
+    if isinstance(item, Tensor):
+        return item.nbytes
+    if isinstance(item, PyTorchLinearOperator):
+        item = list(item._state().values())
+    return sum(map(_bytes, item)) if isinstance(item, list | tuple) else 0
+
+
+def test_largest_numbers_of_positions() -> None:
+    """Of all batches and all calls, whichever comes first; of the longest sequence."""
+    model = nn.Linear(3, 2, bias=False)
+    for lengths in ((2, 5, 3), (5, 2, 3), (3, 2, 5)):
+        data = [(torch.rand(4, length, 3), torch.rand(4, length, 2)) for length in lengths]
+        plan = KFACLinearOperator.plan(model, nn.MSELoss(), dict(model.named_parameters()), data)
+        assert plan.rows[0].working_set == 4 * 4 * 5 * (3 + 2)
+
+
+# --------------------------------------------------------------------------------------------------
+# Passes, by hand and by definition
+# --------------------------------------------------------------------------------------------------
+def row(number: int, computed: int, stored: int, working_set: int) -> GroupMemory:
+    return GroupMemory((f"p{number}",), computed, 0, stored, working_set, computed)
+
+
+#: Numbers, bytes that are computed, stored, and worked with; all sums of them differ.
+ROWS_OF_FOUR = [row(0, 100, 10, 7), row(1, 200, 20, 5), row(2, 50, 3, 90), row(3, 120, 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("budget", "offloads", "passes", "peak"),
+    [
+        (None, False, [[0, 1, 2, 3]], 470 + 90),
+        (560, False, [[0, 1, 2, 3]], 560),  # just enough
+        (559, False, [[0, 1, 2], [3]], 350 + 90),
+        (440, False, [[0, 1, 2], [3]], 440),
+        (439, False, [[0, 1], [2, 3]], 307),  # 30 are stored, and 170 + 90 needed
+        (307, False, [[0, 1], [2, 3]], 307),
+        (306, False, [[0], [1], [2, 3]], 30 + 170 + 90),
+        (306, True, [[0], [1], [2, 3]], 170 + 90),
+        (259, True, [[0], [1], [2], [3]], 205),
+    ],
+)
+def test_split(budget: int | None, offloads: bool, passes: list[list[int]], peak: int) -> None:
+    """Passes are as full as they can be, and what is stored by then counts, if it is here."""
+    units = [[0], [1], [2], [3]]
+    assert split_into_passes(ROWS_OF_FOUR, units, budget, offloads) == passes
+    assert MemoryPlan(ROWS_OF_FOUR, passes, offloads).peak == peak
+
+
+def test_units_stay_together() -> None:
+    """In the order of their first groups, each group once."""
+    units = [[1, 3], [2], [0]]
+    assert split_into_passes(ROWS_OF_FOUR, units, 560, False) == [[0, 1, 3, 2]]
+    assert split_into_passes(ROWS_OF_FOUR, units, 427, False) == [[0, 1, 3], [2]]
+    assert split_into_passes(ROWS_OF_FOUR, units, 426, True) == [[0], [1, 3], [2]]
+    with pytest.raises(ValueError, match=r"\['p1', 'p3'\] need 325 bytes, besides 10 for what"):
+        split_into_passes(ROWS_OF_FOUR, units, 330, False)
+    with pytest.raises(ValueError, match=r"\['p0'\] need 107 bytes\. Give more"):
+        split_into_passes(ROWS_OF_FOUR, units, 106, False)
+    with pytest.raises(ValueError, match=r"\['p1', 'p3'\] need 325 bytes\. Give more"):
+        split_into_passes(ROWS_OF_FOUR, units, 324, True)
+
+
+def test_sizes_as_text() -> None:
+    """Bytes to gibibytes, in a table with the number of each group's pass."""
+    sizes = [row(0, 1023, 1024, 1536), row(1, 2**20, 2**30 - 1, 5 * 2**40)]
+    lines = str(MemoryPlan(sizes, [[1], [0]])).splitlines()
+    assert lines[2].split() == ["p0", "1023", "B", "0", "B", "1.0", "KiB", "1.5", "KiB", "2"]
+    assert lines[3].split() == [
+        *("p1", "1.0", "MiB", "0", "B", "1024.0", "MiB", "5120.0", "GiB", "1"),
+    ]
+    assert lines[4] == "stored 1.0 GiB, at most 5120.0 GiB meanwhile, in 2 passes"
