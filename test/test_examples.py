@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_docs import Block, blocks_of, differences
 
 ROOT = Path(__file__).parent.parent
 # what PyTorch says about itself when forward mode is first used, see pyproject.toml
@@ -15,8 +16,11 @@ WARNINGS = ["-W", "error", "-W", "ignore:`torch.jit.script:DeprecationWarning"]
 FOLDER = ROOT / "docs_src" / "examples"
 NATURAL_GRADIENT = FOLDER / "natural_gradient.py"
 TORCHRUN = FOLDER / "natural_gradient_torchrun.py"
-#: Those whose output is read below.
-READ = {NATURAL_GRADIENT, TORCHRUN}
+#: Those whose output is read below, or in test_examples_curvature.py and test_examples_uses.py.
+READ = {NATURAL_GRADIENT, TORCHRUN} | {
+    FOLDER / f"{name}.py"
+    for name in ("spectrum", "inverse_products", "laplace", "influence", "merging", "pruning")
+}
 EXAMPLES = sorted(set(FOLDER.glob("*.py")) - READ)
 #: Seconds after which processes that may wait for one another are ended.
 TIMEOUT = 180
@@ -120,16 +124,20 @@ def test_example_for_torchrun_tells_how_to_run_it(tmp_path):
     assert result.stderr.startswith("Run this with: torchrun --standalone --nproc_per_node=2 ")
 
 
-def test_readme_code_runs(tmp_path):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        output = _run(["-c", block], tmp_path)
-        assert "blocks" in output
-    loaded = _run(
-        ["-c", 'import torch, curvlinops; print(torch.load("kfac.pt").summary())'], tmp_path
-    )
-    assert loaded.strip() in output
+README = blocks_of((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("block", README[1:], ids=lambda block: f"line {block.line}")
+def test_readme_code_prints_what_is_shown(block: Block, tmp_path):
+    """Each of the snippets runs after the first one alone."""
+    output = _run(["-c", README[0].code + block.code], tmp_path)
+    assert block.output is not None
+    assert not differences(output, block.output)
+    if "kfac.pt" in block.code:
+        loaded = _run(
+            ["-c", 'import torch, curvlinops; print(torch.load("kfac.pt").summary())'], tmp_path
+        )
+        assert loaded.strip() in output
 
 
 def test_readme_shows_existing_files_and_names():
