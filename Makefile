@@ -17,13 +17,16 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check
 
-# Libraries that the benchmark compares with, each in an environment of its own, named after it.
-PEERS := $(addprefix build/peers/,backpack-for-pytorch curvlinops-for-pytorch hessian-eigenthings)
+# Libraries that the benchmark compares with, each in an environment of its own, named after it. The
+# versions of the last two, which are compared in part, are those that their workers were written for.
+PEERS := $(addprefix build/peers/,backpack-for-pytorch curvlinops-for-pytorch hessian-eigenthings kronfluence nngeometry)
+VERSION_kronfluence := ==1.0.1
+VERSION_nngeometry := ==0.4
 
 export PYTHON TORCH
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all mutate lint format bench $(PEERS) FORCE
+.PHONY: help demo test test-all mutate docs lint format bench $(PEERS) FORCE
 
 help:  ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -40,6 +43,9 @@ test-all: $(VENV)/installed  ## Run all tests
 mutate: $(VENV)/installed  ## Break the mathematics in one place after the other: do the tests see it?
 	$(RUN) test/mutation/mutate.py --jobs $(WORKERS) $(ARGS)
 
+docs: $(VENV)/installed  ## Build the documentation into build/docs/index.html; warnings are errors
+	$(RUN) -m sphinx -W --keep-going -n -b html $(ARGS) docs build/docs
+
 lint: $(VENV)/installed  ## Check style, format and types
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -50,9 +56,9 @@ format: $(VENV)/installed  ## Repair style and format where a tool can
 	$(RUN) -m ruff format .
 
 # A peer that cannot be had is an empty cell in the tables, not an error.
-bench: $(VENV)/installed  ## Time products and constructors, and compare with other libraries
+bench: $(VENV)/installed  ## Measure time and memory, compare with other libraries, write docs_src/benchmark/results
 	-$(MAKE) --no-print-directory --keep-going $(PEERS)
-	$(RUN) docs_src/benchmarks/bench.py --peers build/peers $(ARGS)
+	$(RUN) docs_src/benchmark/bench.py --peers build/peers --write $(ARGS)
 
 # The package (editable) and its tools, anew when pyproject.toml changes. PyTorch is there already,
 # and the constraint keeps pip from replacing it.
@@ -60,9 +66,9 @@ $(VENV)/installed: $(VENV)/torch.txt pyproject.toml
 	$(PIP) install --constraint $(VENV)/torch.txt --editable ".[dev]"
 	@touch $@
 
-# The newest release of a peer, with the same PyTorch.
+# The newest release of a peer, or the one named above, with the same PyTorch.
 $(PEERS): build/peers/%: build/peers/%/torch.txt
-	$@/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --constraint $< $*
+	$@/bin/python -m pip --disable-pip-version-check install --quiet --upgrade --constraint $< $*$(VERSION_$*)
 
 # PyTorch comes first, alone, so that TORCH may name an index that has nothing else. The recipe
 # always runs, but touches its file only when the interpreter, TORCH or the checkout's place have

@@ -1,36 +1,18 @@
-"""The meter of peak memory on the CPU."""
+"""The meter of peak memory, which the benchmark has, too.
+
+It is ``docs_src/benchmark/meter.py``: the benchmark runs in environments that do not hold this
+package or its tests, so that file is on its own, and is loaded here by path.
+"""
 
 from __future__ import annotations
 
-import gc
-import itertools
-import json
-from collections.abc import Callable
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
-from torch.profiler import ProfilerActivity, profile
+_PATH = Path(__file__).parents[1] / "docs_src" / "benchmark" / "meter.py"
+_spec = spec_from_file_location("benchmark_meter", _PATH)
+meter = sys.modules[_spec.name] = module_from_spec(_spec)
+_spec.loader.exec_module(meter)
 
-
-def peak_memory(function: Callable[[], Any]) -> int:
-    """Return the most bytes on the CPU that a call holds at a time, above what was there before.
-
-    Its result is included, and what kernels need in between. The profiler reports what the
-    allocator does; the libraries of kernels have some memory of their own, which nobody reports.
-    """
-    gc.collect()
-    gc.disable()  # garbage in cycles counts: when it would be collected is a matter of luck
-    try:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            result = function()
-        del result
-    finally:
-        gc.enable()
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
-    events = [event for event in events if event["name"] == "[memory]"]
-    events.sort(key=lambda event: (event["ts"], event["args"]["Ev Idx"]))
-    return max(itertools.accumulate(event["args"]["Bytes"] for event in events), default=0)
+peak_memory = meter.peak_memory

@@ -1,6 +1,6 @@
 """The models whose costs are promised, and how floating-point operations are counted.
 
-The models are those of the benchmark, ``docs_src/benchmarks/models.py``: it runs in environments
+The models are those of the benchmark, ``docs_src/benchmark/models.py``: it runs in environments
 that do not hold this package or its tests, so that file is on its own, and is loaded here by path.
 """
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-_PATH = Path(__file__).parents[2] / "docs_src" / "benchmarks" / "models.py"
+_PATH = Path(__file__).parents[2] / "docs_src" / "benchmark" / "models.py"
 _spec = spec_from_file_location("benchmark_models", _PATH)
 models = sys.modules[_spec.name] = module_from_spec(_spec)
 _spec.loader.exec_module(models)

@@ -7,6 +7,8 @@ environments that hold other libraries and not this package. The tests of costs 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -122,6 +124,22 @@ class Problem(NamedTuple):
     model: nn.Module
     data: Batches
 
+    def to(self, device: str) -> Problem:
+        """Move model and data."""
+        data = [(X.to(device), y.to(device)) for X, y in self.data]
+        return Problem(self.model.to(device), data)
+
+    def first_examples(self) -> Problem:
+        """Return the problem with one example per batch, of 8 tokens at most."""
+        if self.terms_per_example > 1:
+            return self._replace(data=[(X[:1, :8], y[:1, :8]) for X, y in self.data])
+        return self._replace(data=[(X[:1], y[:1]) for X, y in self.data])
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.data[0][0].device
+
     @property
     def num_data(self) -> int:
         """The number of examples."""
@@ -146,6 +164,33 @@ class Problem(NamedTuple):
 
 
 PROBLEMS: dict[str, Callable[[], Problem]] = {"MLP": mlp, "CNN": cnn, "decoder": decoder}
+
+
+# --------------------------------------------------------------------------------------------------
+# Scaling
+# --------------------------------------------------------------------------------------------------
+def perceptron(width: int = 256, depth: int = 3, classes: int = 10, batch: int = 128) -> Problem:
+    """64 inputs, ``depth`` hidden ReLU layers, ``classes`` outputs; one batch."""
+    widths = [64] + [width] * depth
+    layers: list[nn.Module] = []
+    for d_in, d_out in pairwise(widths):
+        layers += [nn.Linear(d_in, d_out), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(width, classes))
+    return Problem(model.eval(), [(torch.rand(batch, 64), torch.randint(0, classes, (batch,)))])
+
+
+# What changes, with its values; everything else is the default above.
+AXES = {
+    "width": [64, 128, 256, 512, 1024],
+    "depth": [1, 2, 4, 8, 16],
+    "classes": [10, 32, 100, 320],
+    "batch": [32, 128, 512, 2048],
+}
+SCALING: dict[str, dict[str, Callable[[], Problem]]] = {
+    axis: {f"{axis} {value}": partial(perceptron, **{axis: value}) for value in values}
+    for axis, values in AXES.items()
+}
+SCALING["columns"] = {"columns": perceptron}  # the same problem: it is the cases that change
 
 
 def gradient(problem: Problem) -> list[Tensor]:
