@@ -87,10 +87,13 @@ def named_dampings(
     for group in groups:
         values = [damping[name] for name in group if name in damping]
         if not values:
-            raise ValueError(f"There is no damping for the parameters {list(group)}.")
+            raise ValueError(
+                f"There is no damping for the parameters {list(group)}. Give one of them a damping."
+            )
         if any(bool(value != values[0]) for value in values[1:]):
             raise ValueError(
-                f"The parameters {list(group)} share one block, but have dampings {values}."
+                f"The parameters {list(group)} share one block, but have dampings {values}. "
+                "Give them the same, or one of them only."
             )
         result.append(values[0])
     return result
@@ -106,5 +109,5 @@ def map_damping(function: Callable[[Scalar], Scalar], damping: Any) -> Any:
 def _checked(damping: Scalar, operator: Any) -> Scalar:
     """Return a damping that is a number; NaN is none."""
     if bool(damping != damping):
-        raise ValueError(f"The damping of {operator!r} is NaN.")
+        raise ValueError(f"The damping of {operator!r} is NaN, but must be a number.")
     return damping

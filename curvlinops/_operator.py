@@ -113,7 +113,10 @@ def check_same(what: str, left: PyTorchLinearOperator, right: PyTorchLinearOpera
 def check_replacement(what: str, old: PyTorchLinearOperator, new: PyTorchLinearOperator) -> None:
     """Raise if an operator inside another one cannot be replaced by a new one."""
     if not isinstance(new, PyTorchLinearOperator):
-        raise TypeError(f"The items of {what} are operators, got {type(new).__name__}.")
+        raise TypeError(
+            f"The items of {what} are operators, got {type(new).__name__}; wrap a matrix in "
+            "TensorLinearOperator."
+        )
     if (old.in_shape, old.out_shape) != (new.in_shape, new.out_shape):
         raise ValueError(
             f"Shape mismatch in {what}: {old!r} maps {describe(old.in_shape)} to "
@@ -670,7 +673,9 @@ def _first(item: Any, attribute: str) -> Any:
         item = list(item.values())
     if type(item) not in (list, tuple):
         return None
-    found = (_first(value, attribute) for value in item)
+    # containers last: those of plain values may be long, and have none
+    ordered = sorted(item, key=lambda value: type(value) in (list, tuple, dict))
+    found = (_first(value, attribute) for value in ordered)
     return next((value for value in found if value is not None), None)
 
 

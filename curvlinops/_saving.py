@@ -60,7 +60,10 @@ def rebuild_operator(version: int, kind: str, state: dict[str, Any]) -> Any:
             f"reads formats up to {FORMAT_VERSION}. Update curvlinops to load it."
         )
     if kind not in _TYPES:
-        raise ValueError(f"The file holds an operator of unknown type {kind!r}.")
+        raise ValueError(
+            f"The file holds an operator of unknown type {kind!r}. Load it with the release of "
+            "curvlinops that saved it."
+        )
     return _TYPES[kind]._from_state(state)
 
 

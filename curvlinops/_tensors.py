@@ -24,6 +24,8 @@ _DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 # the eigenvalues: the eigenvectors stay, and rounding is that of the largest entry with or without.
 _JITTERS = (1e-6, 1e-4, 1e-2)
 
+CHECK_ORIGIN = "Check what it was made from for NaN, infinities and overflow."
+
 
 class NotHermitianError(ValueError):
     """An eigendecomposition was asked of a matrix that is not Hermitian."""
@@ -118,7 +120,7 @@ def inverse(
             definite where it must be.
     """
     if not all_finite(matrix):  # the inverse of an infinite entry may be finite
-        raise RuntimeError(f"Cannot invert {name}: it has non-finite entries.")
+        raise RuntimeError(f"Cannot invert {name}: it has non-finite entries. {CHECK_ORIGIN}")
     damped = add_to_diagonal(widened(matrix), damping)
     # rounding is that of the dtype before widening
     symmetric = is_hermitian(matrix) and not isinstance(_number(damping), complex)
@@ -183,9 +185,12 @@ def eigh(matrix: Tensor, *, name: str, keep_wide: bool = False) -> tuple[Tensor,
         RuntimeError: If nothing helps, or the eigenvalues overflow the matrix's dtype.
     """
     if not all_finite(matrix):
-        raise ValueError(f"Cannot eigendecompose {name}: it has non-finite entries.")
+        raise ValueError(f"Cannot eigendecompose {name}: it has non-finite entries. {CHECK_ORIGIN}")
     if not is_hermitian(matrix):
-        raise NotHermitianError(f"Cannot eigendecompose {name}: it is not Hermitian.")
+        raise NotHermitianError(
+            f"Cannot eigendecompose {name}: it is not Hermitian. If only rounding errors make it "
+            "so, use the mean of it and its adjoint."
+        )
     values, vectors = _try_until_decomposed(matrix, name)
     if keep_wide:
         return values, vectors
@@ -346,7 +351,7 @@ def pinv(matrix: Tensor, rtol: float | None, *, name: str) -> Tensor:
     """
     cutoff = relative_cutoff(rtol, max(matrix.shape), matrix.dtype)
     if not all_finite(matrix):
-        raise ValueError(f"Cannot invert {name}: it has non-finite entries.")
+        raise ValueError(f"Cannot invert {name}: it has non-finite entries. {CHECK_ORIGIN}")
     if not is_hermitian(matrix):
         return torch.linalg.pinv(widened(matrix), rtol=cutoff).to(matrix.dtype)
     values, vectors = eigh(matrix, name=name, keep_wide=True)

@@ -155,7 +155,9 @@ class EKFACAccumulator(Accumulator[EigenvalueStatistic]):
         names = {name for group in groups for name in group.values()}
         if names != set(params):
             missing = sorted(names ^ set(params))
-            raise ValueError(f"basis and params have different parameters: {missing}.")
+            raise ValueError(
+                f"basis and params have different parameters: {missing}. They must have the same."
+            )
         self._bases: dict[Key, list[Basis]] = {}
         self._sizes: dict[Key, list[list[int]]] = {}
         for group, block in zip(groups, gathered(basis)[1], strict=True):

@@ -75,15 +75,15 @@ class _Form:
 
     def contract(self, missing: int, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the derivative by one argument, given the other two in their order."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement contract.")
 
     def spread(self, bias: Tensor) -> Tensor:
         """Return a bias in the shape that is broadcast to that of g."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement spread.")
 
     def sum(self, g: Tensor) -> Tensor:
         """Return the gradient of the bias."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement sum.")
 
     def __call__(self, missing: int, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Contract; autograd records it, if it is enabled, as a contraction."""

@@ -47,7 +47,8 @@ class CurvatureLinearOperator(PyTorchLinearOperator):
             is a tensor or a mapping, ``y`` a tensor.
         progressbar: Whether to show a progress bar for every pass over the data.
         check_deterministic: Whether to check at construction that two passes over the data give the
-            same predictions and loss.
+            same predictions and loss. The first batch also shows which functions the model uses:
+            without the check, compiled products cannot tell those without second derivatives.
         num_data: The number of examples, to save counting them.
         batch_size_fn: Returns the number of examples in an ``X``; needed if it is a mapping.
             Default: ``X.shape[0]``.

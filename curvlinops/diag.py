@@ -46,7 +46,10 @@ class DiagonalLinearOperator(PyTorchLinearOperator):
             _tensors.check_floating(entry, "A diagonal operator")
         super().__init__([d.shape for d in entries], [d.shape for d in entries])
         if len({(d.dtype, d.device) for d in entries}) > 1:
-            raise ValueError("The tensors of a diagonal operator must share dtype and device.")
+            got = ", ".join(f"{d.dtype} on {d.device}" for d in entries)
+            raise ValueError(
+                f"The tensors of a diagonal operator must share dtype and device, got {got}."
+            )
         self._entries = entries
         self._names = None if names is None else _checked(names, len(entries))
         self.SELF_ADJOINT = not entries[0].is_complex()
@@ -120,7 +123,9 @@ class DiagonalLinearOperator(PyTorchLinearOperator):
     def eigh(self) -> PyTorchLinearOperator:
         """Return itself: its eigenvectors are the coordinate axes."""
         if any(d.is_complex() and not _tensors.is_real(d) for d in self._entries):
-            raise _tensors.NotHermitianError(f"{self!r} is complex and not Hermitian.")
+            raise _tensors.NotHermitianError(
+                f"{self!r} is complex and not Hermitian: its entries must have no imaginary part."
+            )
         return self
 
     def power(self, exponent: float) -> DiagonalLinearOperator:

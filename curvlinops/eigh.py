@@ -86,18 +86,20 @@ class EighDecomposedLinearOperator(PyTorchLinearOperator):
         if values.shape[0] != basis.shape[1]:
             raise ValueError(
                 f"Incompatible shapes: {values.shape[0]} eigenvalues for eigenvectors of shape "
-                f"{list(basis.shape)}."
+                f"{list(basis.shape)}. Each eigenvector needs one eigenvalue."
             )
         dtypes = {values.dtype}
         if basis.dtype is not None and basis.dtype.is_complex:
             dtypes = {values.dtype, values.dtype.to_complex()}
         if basis.dtype is not None and basis.dtype not in dtypes:
             raise ValueError(
-                f"Dtype mismatch: eigenvalues of {values.dtype}, eigenvectors of {basis.dtype}."
+                f"Dtype mismatch: eigenvalues of {values.dtype}, eigenvectors of {basis.dtype}. "
+                "Convert one of them with .to(...)."
             )
         if basis.device is not None and values.device != basis.device:
             raise ValueError(
-                f"Device mismatch: eigenvalues on {values.device}, eigenvectors on {basis.device}."
+                f"Device mismatch: eigenvalues on {values.device}, eigenvectors on {basis.device}. "
+                "Convert one of them with .to(...)."
             )
         self._eigenvalues = values
         self.SELF_ADJOINT = not values.is_complex()
@@ -185,7 +187,9 @@ class EighDecomposedLinearOperator(PyTorchLinearOperator):
 
     def _check_real_spectrum(self) -> None:
         if self._eigenvalues.is_complex() and not _tensors.is_real(self._eigenvalues):
-            raise _tensors.NotHermitianError(f"{self!r} has complex eigenvalues.")
+            raise _tensors.NotHermitianError(
+                f"{self!r} has complex eigenvalues, but must be Hermitian."
+            )
 
     def _formula(self) -> str:
         return f"Eigh({self._basis._formula()})"

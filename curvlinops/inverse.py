@@ -78,7 +78,7 @@ class _SolverInverse(_Inverse):
 
     def _solve(self, A: PyTorchLinearOperator, b: Tensor) -> tuple[Tensor, SolverInfo]:
         """Apply the inverse of A to flat columns."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement _solve.")
 
     def _multiply(self, A: PyTorchLinearOperator, X: Columns) -> Columns:
         """Apply the inverse of A, which is self.A or its adjoint; keep the info, and warn."""

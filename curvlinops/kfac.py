@@ -287,7 +287,7 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
 
     @property
     def SELF_ADJOINT(self) -> bool:  # type: ignore[override]  # a user may replace factors
-        """Whether the operator is its own adjoint: always, unless factors were replaced."""
+        """Whether the operator is its own adjoint, which it is unless factors were replaced."""
         middle = self._operators[1]
         blocks = middle if isinstance(middle, BlockDiagonalLinearOperator) else [middle]
         return all(_is_self_adjoint(block) for block in blocks)

@@ -178,7 +178,7 @@ class _CanonicalForm(PyTorchLinearOperator):
                 if list(bias) != [rows]:
                     raise ValueError(
                         f"The bias {group['b']!r} of shape {list(bias)} does not fit the weight "
-                        f"{group['W']!r} with {rows} output features."
+                        f"{group['W']!r} with {rows} output features: it must have shape [{rows}]."
                     )
 
     def _fits(self, group: ParamGroup, layout: Layout) -> bool:

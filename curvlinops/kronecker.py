@@ -57,7 +57,7 @@ class KroneckerProductLinearOperator(PyTorchLinearOperator):
 
     def __init__(self, *factors: Factor):
         if not factors:
-            raise ValueError("A Kronecker product needs at least one factor.")
+            raise ValueError("A Kronecker product needs at least one factor, got none.")
         operators = [_as_operator(factor) for factor in factors]
         for op in operators[1:]:
             check_same("a Kronecker product", operators[0], op)

@@ -417,7 +417,8 @@ class Differentiator:
         if names:
             raise _UnsupportedError(
                 f"The model uses {', '.join(sorted(set(names)))}, whose backward is marked with "
-                "@once_differentiable: it cannot be differentiated again."
+                "@once_differentiable: it cannot be differentiated again. Write it without the "
+                "decorator, of operations that can."
             )
 
     def _check_twice(self) -> None:
@@ -425,10 +426,10 @@ class Differentiator:
         if not self._twice:
             either = "differentiate" if self._forward_mode else "differentiate in forward mode, nor"
             bag = self._risk.likely_traits.embedding_bag
-            hint = " Replace nn.EmbeddingBag by nn.Embedding and a sum or mean." if bag else ""
+            hint = "nn.EmbeddingBag by nn.Embedding and a sum or mean" if bag else "them by others"
             raise _UnsupportedError(
                 f"The model uses operations that PyTorch cannot {either} twice in reverse mode "
-                f"({' '.join(self._reasons)}).{hint}"
+                f"({' '.join(self._reasons)}). Replace {hint}."
             )
 
     def _attempt(self, compute: Callable[[], Result]) -> Result:

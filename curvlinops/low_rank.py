@@ -59,12 +59,14 @@ class LowRankLinearOperator(PyTorchLinearOperator):
                 f"{list(eigenvalues.shape)}."
             )
         if eigenvalues.is_complex():
-            raise ValueError("The eigenvalues of a Hermitian operator are real.")
+            raise ValueError(
+                f"The eigenvalues of a Hermitian operator are real, got {eigenvalues.dtype}."
+            )
         space = [Size(eigenvectors.shape[:1])] if shapes is None else [Size(s) for s in shapes]
         if numel(space) != eigenvectors.shape[0]:
             raise ValueError(
                 f"Eigenvectors of shape {list(eigenvectors.shape)} do not fit a space of dimension "
-                f"{numel(space)}."
+                f"{numel(space)}: they need as many rows."
             )
         super().__init__(space, space)
         self.eigenvectors = eigenvectors

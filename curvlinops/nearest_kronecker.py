@@ -80,7 +80,7 @@ def nearest_kronecker(
     """
     terms = list(terms)
     if not terms:
-        raise ValueError("The nearest Kronecker product needs at least one term.")
+        raise ValueError("The nearest Kronecker product needs at least one term, got none.")
     first, second = (_Side([t[i] for t in terms], i, keep_diagonal[i]) for i in (0, 1))
     if (first.dtype, first.device) != (second.dtype, second.device):
         raise ValueError(
@@ -146,12 +146,15 @@ class _Side:
     def _check_values(self, cosines: Tensor, norms: Tensor) -> None:
         """Raise if factors are not finite, or not positive semi-definite."""
         if not bool(cosines.isfinite().all() and norms.isfinite().all()):
-            raise ValueError(f"The {self.name} have non-finite entries.")
+            raise ValueError(
+                f"The {self.name} have non-finite entries. Check what they were made from for NaN, "
+                "infinities and overflow."
+            )
         # rounding errors of low precision may turn 0 into a small negative number
         if bool((cosines < -max(1e-2, 10 * torch.finfo(self.dtype).eps)).any()):
             raise ValueError(
-                f"The {self.name} are not all positive semi-definite: two of them have a negative "
-                "inner product."
+                f"The {self.name} are not all positive semi-definite, which they must be: two of "
+                "them have a negative inner product."
             )
 
     def combine(self, coefficients: Tensor) -> Factor:

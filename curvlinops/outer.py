@@ -47,7 +47,8 @@ class OuterProductLinearOperator(PyTorchLinearOperator):
                 f"got {[list(a.shape) for a in vectors]}."
             )
         if any((a.dtype, a.device) != (c.dtype, c.device) for a in vectors):
-            raise ValueError("Coefficients and vectors must share dtype and device.")
+            got = ", ".join(f"{t.dtype} on {t.device}" for t in (c, *vectors))
+            raise ValueError(f"Coefficients and vectors must share dtype and device, got {got}.")
         shapes = [a.shape[:-1] for a in vectors]
         super().__init__(shapes, shapes)
         self.c = c

@@ -45,7 +45,10 @@ def plot_spectral_density(
     """
     x, y = _numbers(grid, "grid"), _numbers(density, "density")
     if x.shape != y.shape:
-        raise ValueError(f"grid and density differ in shape: {list(x.shape)} and {list(y.shape)}.")
+        raise ValueError(
+            "grid and density must have the same number of entries, but differ in shape: "
+            f"{list(x.shape)} and {list(y.shape)}."
+        )
     if not bool((y > 0).any()):
         raise ValueError("The density has no positive value, which a logarithmic axis needs.")
     ax = _new_axis() if ax is None else ax
@@ -99,7 +102,8 @@ def plot_eigenvalue_histogram(
         values = values.abs()
         values = values[values > 0]
     if not len(values):
-        raise ValueError("There are no eigenvalues to show.")
+        kind = "eigenvalues other than zero" if log_x else "eigenvalues"
+        raise ValueError(f"There are no {kind} to show: at least one is needed.")
     low, high = values.min(), values.max()
     if low == high:  # one value: a bin around it
         low, high = (low / 2, high * 2) if log_x else (low - 0.5, high + 0.5)
@@ -126,7 +130,8 @@ def _numbers(values: Tensor, what: str) -> Tensor:
         raise ValueError(f"{what} must be real, got {values.dtype}.")
     flat = values.detach().cpu().double().flatten()
     if not bool(flat.isfinite().all()):
-        raise ValueError(f"{what} must be finite.")
+        wrong = flat[~flat.isfinite()]
+        raise ValueError(f"{what} must be finite, got {wrong[0].item()}.")
     return flat
 
 

@@ -143,7 +143,7 @@ class RowsLinearOperator(ModelLinearOperator):
             F, pull, f = self._differentiator.pullback(function, self._theta)
             shape = self._rows_of(batch, f)
             stop = start + (shape[0] if U.ndim > 2 else prod(shape))
-            if stop > U.shape[0]:
+            if stop > U.shape[0] or (U.ndim > 2 and shape[1:] != U.shape[1:-1]):
                 raise ValueError(_CHANGED)
             with torch.set_grad_enabled(recording):
                 part = U[start:stop].reshape(*shape, U.shape[-1])

@@ -108,10 +108,17 @@ def _as_indices(indices: Indices, size: int, what: str, device: torch.device | N
     )
     integers = not (result.is_floating_point() or result.is_complex())
     if result.ndim != 1 or result.numel() == 0 or not integers or result.dtype == torch.bool:
-        raise ValueError(f"The {what} indices must be a non-empty list of integers.")
-    if bool(((result < -size) | (result >= size)).any()):
-        raise ValueError(f"A {what} index is out of range for {size} {what}s.")
+        got = f"{result.dtype} of shape {list(result.shape)}"
+        raise ValueError(f"The {what} indices must be a non-empty list of integers, got {got}.")
+    wrong = (result < -size) | (result >= size)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"A {what} index is out of range for {size} {what}s, {result[wrong][0].item()}: "
+            f"it must be between {-size} and {size - 1}."
+        )
     result = torch.where(result < 0, result + size, result)
-    if result.unique().numel() != result.numel():
-        raise ValueError(f"The {what} indices must not repeat.")
+    values, counts = result.unique(return_counts=True)
+    if bool((counts > 1).any()):
+        repeated = values[counts > 1].tolist()
+        raise ValueError(f"The {what} indices must not repeat, got {repeated} several times.")
     return result

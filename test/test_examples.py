@@ -67,6 +67,7 @@ def _torchrun(script: Path, size: int, folder: Path) -> str:
     return output
 
 
+@pytest.mark.slow  # `make demo` runs it, too
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs_and_writes_its_figure(script, tmp_path):
     figure = tmp_path / "figure.png"

@@ -68,7 +68,7 @@ def test_one_value(log_x: bool) -> None:
 
 def test_bad_input() -> None:
     """What cannot be drawn is refused."""
-    with pytest.raises(ValueError, match="differ in shape"):
+    with pytest.raises(ValueError, match="same number of entries, but differ in shape"):
         plot_spectral_density(torch.ones(3), torch.ones(4))
     with pytest.raises(ValueError, match="no positive value"):
         plot_spectral_density(torch.ones(3), torch.zeros(3))

@@ -51,10 +51,10 @@ def test_range() -> None:
         ([0.0], "must be a non-empty list of integers"),
         ([True, False], "must be a non-empty list of integers"),
         (torch.tensor([[0]]), "must be a non-empty list of integers"),
-        ([4], "A row index is out of range for 4 rows"),
+        ([4], "A row index is out of range for 4 rows, 4: it must be between -4 and 3"),
         ([-5], "out of range"),
         ([1, 1], "The row indices must not repeat"),
-        ([3, -1], "must not repeat"),
+        ([3, -1], "must not repeat, got \\[3\\] several times"),
     ],
 )
 def test_wrong_indices(indices: Any, message: str) -> None:

@@ -118,7 +118,9 @@ def is_number(value: Scalar, number: int) -> bool:
 def nonzero(value: Scalar, operator: PyTorchLinearOperator, damping: Scalar) -> Scalar:
     """Return a scalar to divide by; raise if it is zero."""
     if value == 0:
-        raise RuntimeError(f"{operator!r} with damping {damping} is zero and has no inverse.")
+        raise RuntimeError(
+            f"{operator!r} with damping {damping} is zero and has no inverse. Increase the damping."
+        )
     return value
 
 

@@ -93,7 +93,10 @@ class ScaledLinearOperator(ScalarWrapper):
             return real_power(scalar.reshape(1), exponent, name=repr(self))[0] * self.operator
         if is_real(self.scalar) and self.scalar > 0:  # type: ignore[operator]
             return self.scalar**exponent * self.operator.power(exponent)
-        decomposed = self.eigh()
+        try:
+            decomposed = self.eigh()
+        except NotImplementedError as error:
+            raise self._missing("power") from error
         if isinstance(decomposed, ScaledLinearOperator):
             raise self._missing("power")
         return decomposed.power(exponent)
@@ -106,7 +109,7 @@ class ScaledLinearOperator(ScalarWrapper):
 
     def _check_real_spectrum(self) -> None:
         if not is_real(self.scalar) and not has_real_values(torch.as_tensor(self.scalar)):
-            raise NotHermitianError(f"{self!r} has complex eigenvalues.")
+            raise NotHermitianError(f"{self!r} has complex eigenvalues, but must be Hermitian.")
         self.operator._check_real_spectrum()
 
     def _with_shift(self, shift: Scalar) -> PyTorchLinearOperator:

@@ -38,7 +38,7 @@ class SumLinearOperator(PyTorchLinearOperator):
 
     def __init__(self, operators: list[PyTorchLinearOperator]):
         if not operators:
-            raise ValueError("A sum needs at least one operator.")
+            raise ValueError("A sum needs at least one operator, got none.")
         super().__init__(operators[0].in_shape, operators[0].out_shape)
         self.operators = list(operators)
         for other in operators[1:]:
@@ -90,7 +90,7 @@ def _check_sum(left: PyTorchLinearOperator, right: PyTorchLinearOperator) -> Non
         if a != b:
             raise ValueError(
                 f"Shape mismatch in a sum: {left!r} has {space} {describe(a)}, "
-                f"{right!r} has {describe(b)}."
+                f"{right!r} has {describe(b)}. All terms must have the same {space}."
             )
     check_same("a sum", left, right)
 

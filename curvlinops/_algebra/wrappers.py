@@ -31,7 +31,7 @@ class Wrapper(PyTorchLinearOperator):
 
     def _around(self, block: PyTorchLinearOperator) -> PyTorchLinearOperator:
         """Return what this operator makes of a block of the operator inside."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement _around.")
 
     def _resolve_damping(self, damping: Damping) -> Any:
         if not callable(damping):

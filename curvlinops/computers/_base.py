@@ -397,7 +397,7 @@ class KFACComputer(Looking):
         if keys is not None and self.plans != plans:
             raise RuntimeError(
                 "The model, or the data, have changed between two passes: parameters are used in "
-                "other ways than before."
+                "other ways than before. Each pass must see the same."
             )
         return statistic, scale
 

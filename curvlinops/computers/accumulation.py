@@ -105,23 +105,23 @@ class Accumulator(Generic[S]):
     # ---- what a subclass implements --------------------------------------------------------------
     def _new_sums(self) -> S:
         """Return sums without summands."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement _new_sums.")
 
     def _parts(self, sums: S, scale: Tensor | float, diagonals: Any) -> dict[Key, list[Any]]:
         """Return what the blocks of the operator are made of."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement _parts.")
 
     def _add_over_ranks(self, sums: S) -> None:
         """Add sums over the ranks, in place."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement _add_over_ranks.")
 
     def _encoded(self, sums: S) -> list[Any]:
         """Return sums as tensors and plain values."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement _encoded.")
 
     def _decoded(self, code: list[Any]) -> S:
         """Return the sums that :meth:`_encoded` had."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement _decoded.")
 
     # ---- adding batches --------------------------------------------------------------------------
     def update(self, X: Any, y: Any) -> None:
@@ -318,7 +318,8 @@ class Accumulator(Generic[S]):
         if self._sums is not None and sorted(self._diagonals) != sorted(other._diagonals):
             raise ValueError(
                 "Different parameters are used in other ways than in layers: "
-                f"{sorted(self._diagonals)} and {sorted(other._diagonals)}."
+                f"{sorted(self._diagonals)} and {sorted(other._diagonals)}. Leave these out of "
+                "params."
             )
         self._computer.know(other._computer.usages, other._computer.diagonal)
         if self._sums is None:
@@ -359,7 +360,9 @@ class Accumulator(Generic[S]):
         for name in dict.fromkeys([*own, *options]):
             a, b = own.get(name), options.get(name)
             if a != b:
-                raise ValueError(f"The accumulators differ in {name}: {a} and {b}.")
+                raise ValueError(
+                    f"The accumulators differ in {name}: {a} and {b}. Make them with the same."
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Return all sums so far, as tensors and plain values, for ``torch.save``.

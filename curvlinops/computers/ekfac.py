@@ -32,7 +32,8 @@ class EKFACComputer(KFACComputer):
         super().__init__(*args, **kwargs)
         if self.fisher_type is FisherType.FORWARD_ONLY:
             raise ValueError(
-                "EKFAC needs gradients: fisher_type='forward-only' is one of KFAC's only."
+                "EKFAC needs gradients: fisher_type='forward-only' is one of KFAC's only. "
+                "Use another one, or KFACLinearOperator."
             )
 
     decomposes = True

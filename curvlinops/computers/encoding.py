@@ -29,7 +29,10 @@ def encode(value: Any) -> Any:
             f.name: encode(getattr(value, f.name)) for f in fields(value) if f.init and f.compare
         }
         return [type(value).__name__, compared]
-    raise NotImplementedError(f"A {type(value).__name__} cannot be saved.")
+    raise NotImplementedError(
+        f"A {type(value).__name__} cannot be saved: layers that are registered need formats that "
+        "are dataclasses of plain values."
+    )
 
 
 def decode(code: Any) -> Any:

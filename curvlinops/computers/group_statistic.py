@@ -107,19 +107,19 @@ class GroupStatistic(Generic[G]):
     # ---- what a statistic implements -------------------------------------------------------------
     def _add_vectors(self, group: G, block: int, rows: Tensor) -> None:
         """Add gradients ``[V, n, d]`` of a bias or a normalisation layer."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement _add_vectors.")
 
     def _add_matrices(self, group: G, block: int, matrices: Tensor) -> None:
         """Add gradients ``[n, d_out, d_in]`` of a few examples."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement _add_matrices.")
 
     def _add_calls(self, group: G, first: int, events: list[Event]) -> None:
         """Add the calls of the layers of blocks ``first, ..., first + groups - 1``."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement _add_calls.")
 
     def _finish_batch(self, group: G) -> None:
         """Add what waited for all vectors, and forget the batch."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not implement _finish_batch.")
 
     # ---- events ----------------------------------------------------------------------------------
     def on_input(self, usage: Usage, index: int, positions: Positions) -> None:
@@ -161,7 +161,7 @@ class GroupStatistic(Generic[G]):
             return []  # these parameters have no factors, as they are used elsewhere, too
         raise RuntimeError(
             f"{usage.label} was not called in this way before: the model, or the data, have "
-            "changed between two passes."
+            "changed between two passes. Each pass must see the same."
         )
 
     # ---- gradients -------------------------------------------------------------------------------

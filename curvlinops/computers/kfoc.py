@@ -65,7 +65,9 @@ class KFOCComputer(KFACComputer):
                 f"KFOC needs fisher_type='type-2' or 'mc', got {str(self.fisher_type)!r}."
             )
         if self.memory_budget is not None:
-            raise ValueError("KFOC searches for all blocks at once: it has no memory_budget.")
+            raise ValueError(
+                "KFOC searches for all blocks at once: it has no memory_budget. Leave it out."
+            )
         self.loss_terms = "exact"
         self.num_passes = 0
 
@@ -106,7 +108,7 @@ class KFOCComputer(KFACComputer):
         if self.plans != plans:
             raise RuntimeError(
                 "The model, or the data, have changed between two passes: parameters are used in "
-                "other ways than before."
+                "other ways than before. Each pass must see the same."
             )
         self._warn_unless_converged(searches)
         diagonals = self._diagonal_blocks()

@@ -41,6 +41,7 @@ class Looking:
         self._seen: set[Any] = set()  # structures of batches
         self._recording = False  # whether a statistic has got events
         self._outdated = False  # whether they were others if it was known what is known now
+        self._planned: tuple[Any, list[GroupPlan]] = (None, [])  # for how many of both, and plans
 
     def _observe(
         self, X: Any, n: int, on_call: Callable[[Usage, int, Tensor], None]
@@ -166,9 +167,13 @@ class Looking:
 
     def _make_plans(self) -> list[GroupPlan]:
         """Return how each group of parameters is treated, as far as is known."""
-        return plan_groups(
-            self._usages, self.risk.params, self.separate_weight_and_bias, self._diagonal
-        )
+        known = len(self._usages), len(self._diagonal)  # both only grow
+        if known != self._planned[0]:
+            plans = plan_groups(
+                self._usages, self.risk.params, self.separate_weight_and_bias, self._diagonal
+            )
+            self._planned = known, plans
+        return list(self._planned[1])
 
     @property
     def plans(self) -> list[GroupPlan]:

@@ -56,7 +56,7 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes that are held at most: results so far, what a pass computes, its working set."""
+        """Bytes that are held at most, of results so far, of a pass, and its working set."""
         parts = [[self.rows[i] for i in part] for part in self.passes]
         before = [
             0 if self._offloads else sum(row.stored for part in parts[:k] for row in part)

@@ -102,6 +102,7 @@ def refuse_fixed(trace: Trace, params: dict[str, Tensor]) -> None:
     if fixed:
         raise NotImplementedError(
             f"The model reads the parameters {sorted(fixed)} elsewhere than from those it is given."
+            " Use an operator with backend='hooks', or leave them out of params."
         )
 
 
@@ -146,9 +147,11 @@ def _has_mask(node: Node) -> bool:
 #: The error for a trace that is right for some entries only.
 READS_ENTRIES = (
     "The model's numbers, shapes or constants depend on the entries of tensors, so there is no "
-    "graph of operations for all batches of this shape."
+    "graph of operations for all batches of this shape. Use an operator with backend='hooks'."
 )
-_NOT_TRACED = "The backend 'make_fx' sees a model's operations only, but the model {}"
+_NOT_TRACED = (
+    "The backend 'make_fx' sees a model's operations only, but the model {}. Use backend='hooks'."
+)
 
 #: Functions whose effects are not operations.
 _REFUSED = {
@@ -181,9 +184,9 @@ class _Guard(TorchFunctionMode):
             return self._differentiate(args, kwargs)
         self.reads_entries |= name in ("tolist", "numpy", "__array__")
         if name in _REFUSED or (getattr(owner, "__name__", "") == "data" and name == "__set__"):
-            raise NotImplementedError(_NOT_TRACED.format(f"calls {_REFUSED.get(name, 'data')}."))
+            raise NotImplementedError(_NOT_TRACED.format(f"calls {_REFUSED.get(name, 'data')}"))
         if torch._C._are_functorch_transforms_active():
-            raise NotImplementedError(_NOT_TRACED.format("uses a transform of torch.func."))
+            raise NotImplementedError(_NOT_TRACED.format("uses a transform of torch.func"))
         if self._recording and not torch.is_grad_enabled():
             return self._call_unrecorded(func, args, kwargs)
         return func(*args, **kwargs)
@@ -191,7 +194,7 @@ class _Guard(TorchFunctionMode):
     def _differentiate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Differentiate in the forward pass, if the result is a constant."""
         if kwargs.get("create_graph") or (len(args) > 4 and args[4]):
-            raise NotImplementedError(_NOT_TRACED.format("calls autograd.grad with create_graph."))
+            raise NotImplementedError(_NOT_TRACED.format("calls autograd.grad with create_graph"))
         # What was saved for the backward pass is in the trace as a constant: right for this batch.
         self.reads_entries = True
         with torch.no_grad():  # is traced
@@ -214,7 +217,7 @@ class _Guard(TorchFunctionMode):
 
 def _custom_function(name: str) -> NotImplementedError:
     """Return the error for a function with a derivative of its own."""
-    described = f"uses a custom autograd function{name and f' ({name})'}. Use backend='hooks'."
+    described = f"uses a custom autograd function{name and f' ({name})'}"
     return NotImplementedError(_NOT_TRACED.format(described))
 
 

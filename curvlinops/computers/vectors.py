@@ -30,7 +30,7 @@ def check_terms(num_terms: int, num_examples: int, expected: int | None) -> int:
     if expected is not None and per_example != expected:
         raise ValueError(
             f"num_per_example_loss_terms={expected}, but the examples have {per_example} loss "
-            "terms each."
+            f"terms each. Pass {per_example}, or leave it out."
         )
     return per_example
 

@@ -101,7 +101,8 @@ def slq_trace(
         if not bool(finite.all()):
             raise ValueError(
                 f"The function is not finite at {nodes[~finite][0].item():.3e}, which is within "
-                f"the spectrum of {A!r}."
+                f"the spectrum of {A!r}. Use a function that is finite there, or add a multiple "
+                "of the identity to the operator."
             )
         return values
 
@@ -193,7 +194,7 @@ def _estimate(
         raise ValueError(f"ncv must be at most the dimension {A.shape[1]}, got {ncv}.")
     num_repeats = as_integer("num_repeats", num_repeats, least=1)
     if return_standard_error and num_repeats == 1:
-        raise ValueError("A standard error needs two samples, num_repeats >= 2.")
+        raise ValueError("A standard error needs two samples, num_repeats >= 2, got 1.")
     sampler, mean = Sampler(A, distribution, generator, chunk_size), Mean()
     with torch.no_grad():
         for width in sampler.chunks(num_repeats):

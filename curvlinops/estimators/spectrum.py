@@ -252,7 +252,7 @@ class _LanczosCached:
     ) -> tuple[Tensor, ...]:
         """Return an even grid and the density there of what a function makes of eigenvalues."""
         if return_standard_error and num_repeats == 1:
-            raise ValueError("A standard error needs two processes, num_repeats >= 2.")
+            raise ValueError("A standard error needs two processes, num_repeats >= 2, got 1.")
         low, high = interval
         distance = high - low
         if distance == 0:  # one eigenvalue: any width shows it

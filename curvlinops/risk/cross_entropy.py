@@ -92,7 +92,7 @@ class CrossEntropy(Loss):
             if self.ignore_index >= 0:
                 raise ValueError(
                     f"{self.name}: ignore_index={self.ignore_index} is not supported for "
-                    "probability targets."
+                    "probability targets. Leave it at its default, or pass class indices."
                 )
             return F, y.movedim(1, -1).flatten(0, -2).to(f.dtype)
         if y.shape == f.shape[:1] + f.shape[2:] and _is_integer(y.dtype):

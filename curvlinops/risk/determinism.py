@@ -250,7 +250,10 @@ def compare_passes(
         if same_order
         else ", or predictions depend on which examples share a batch (then use shuffle=False)"
     )
-    return f"{what}: the model is not deterministic{coupling}. {_OPT_OUT}"
+    return (
+        f"{what}: the model is not deterministic{coupling}. Remove what changes from call to call. "
+        f"{_OPT_OUT}"
+    )
 
 
 def _data_cause(drop_last: bool) -> str:

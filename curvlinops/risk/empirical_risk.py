@@ -354,7 +354,9 @@ class EmpiricalRisk:
             scale, sums = self.for_each_batch(add, desc), total.tensors
         else:
             if like is None:
-                raise ValueError("like is needed on several ranks: one without data does not know shapes.")
+                raise ValueError(
+                    "like is needed on several ranks: one without data does not know the shapes."
+                )
             scale, sums = _uncompiled(self._visit_on_all_ranks)(add, desc, total, like)
             total.dtypes, total.owned = [t.dtype for t in like], True
         scale = scale if scaled else 1.0

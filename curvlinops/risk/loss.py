@@ -59,7 +59,7 @@ class Loss:
 
     #: Whether derivatives, Hessian roots and samples are available, not only the value.
     closed_form: bool = True
-    #: Names of the loss function's options besides the reduction: arguments of the entry.
+    #: Names of the loss function's options besides the reduction, which are the entry's arguments.
     options: tuple[str, ...] = ()
 
     @property

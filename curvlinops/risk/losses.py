@@ -211,7 +211,9 @@ def _check_entry(entry: type[Loss]) -> None:
         missing.append("term_values (or value)")
     missing += sorted(getattr(entry, "__abstractmethods__", ()))
     if missing:
-        raise ValueError(f"{entry.__name__} does not implement {', '.join(missing)}.")
+        raise ValueError(
+            f"{entry.__name__} does not implement {', '.join(missing)}. Add what is missing."
+        )
     if not isinstance(entry.options, (tuple, list)):
         raise ValueError(
             f"{entry.__name__}.options must be a tuple of names, got {entry.options!r}."
@@ -221,7 +223,8 @@ def _check_entry(entry: type[Loss]) -> None:
     except TypeError as error:
         names = ", ".join(entry.options) or "none"
         raise ValueError(
-            f"{entry.__name__} cannot be built from its options ({names}): {error}."
+            f"{entry.__name__} cannot be built from its options ({names}): {error}. Its "
+            "constructor must take these as keywords, and need no others."
         ) from None
 
 
@@ -231,7 +234,7 @@ def loss_entry(loss_func: Callable[[Any, Any], Tensor]) -> tuple[Loss, str]:
     A loss is recognised by what it does: a module must run the ``forward`` of a class in the table
     (a subclass with its own ``forward``, or a module with hooks, is another loss); a function must
     be one in the table, possibly as :class:`functools.partial` with keywords. Any other loss with a
-    reduction becomes a :class:`GenericLoss`. :func:`register_loss` adds to the table.
+    reduction becomes a ``GenericLoss``. :func:`~curvlinops.register_loss` adds to the table.
 
     Args:
         loss_func: A module or callable object with a ``reduction`` attribute, or a function with a
@@ -341,7 +344,7 @@ def _module_options(loss_func: Any, known: type[nn.Module], entry: type[Loss]) -
     if absent:
         raise ValueError(
             f"{display_name(loss_func)} does not have the attributes {', '.join(absent)}, which "
-            f"{entry.__name__} takes as options."
+            f"{entry.__name__} takes as options. Set them, or change the entry's options."
         )
     handled = (*entry.options, *_REDUCTION_ARGUMENTS)
     unsupported = [

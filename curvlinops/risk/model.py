@@ -255,13 +255,13 @@ class FunctionalModel:
             layer.reshard()
         return {name: found[name].detach() for name in self._params}
 
-    def evaluate(self, X: Any, watch: _Watch | None = None) -> Tensor:
+    def evaluate(self, X: Any) -> Tensor:
         """Evaluate the model at its parameters, without a graph.
 
         Gradients are enabled inside, for models that differentiate with respect to their inputs.
         """
         params = {name: p.detach() for name, p in self.params.items()}
-        with torch.enable_grad(), nullcontext() if watch is None else watch:
+        with torch.enable_grad():
             prediction = self.predict(params, X)
         return prediction.detach()
 
@@ -280,7 +280,13 @@ class FunctionalModel:
         """
         watch = _Watch()
         before = self._generator_states()
-        prediction = self.evaluate(X, watch)
+        # with a graph, in which functions show that forbid second derivatives: compiled products
+        # cannot find out
+        params = {name: p.detach().requires_grad_() for name, p in self.params.items()}
+        with torch.enable_grad(), watch:
+            prediction = self.predict(params, X)
+        watch.traits.once_differentiable += _once_differentiable_nodes(prediction.grad_fn)
+        prediction = prediction.detach()
         states = zip(before, self._generator_states(), strict=True)
         watch.traits.random = any(not torch.equal(a, b) for a, b in states)
         self.traits = watch.traits
@@ -654,7 +660,7 @@ def _resolve_names(module: nn.Module, params: dict[str, Tensor]) -> set[str]:
         if p.shape != original.shape:
             raise ValueError(
                 f"Parameter {name!r} has shape {tuple(p.shape)} in params, but "
-                f"{tuple(original.shape)} in {type(module).__name__}."
+                f"{tuple(original.shape)} in {type(module).__name__}. They must be the same."
             )
         if id(original) in first_name:
             raise ValueError(
@@ -684,7 +690,10 @@ def _refused_embedding(where: str, option: str) -> str:
         "max_norm": "it changes the weight in the forward pass",
         "scale_grad_by_freq": "its gradient is not the derivative of the prediction",
     }
-    return f"{where} uses {option}, which is not supported: {reason[option]}."
+    return (
+        f"{where} uses {option}, which is not supported: {reason[option]}. Build the embedding "
+        f"without {option}."
+    )
 
 
 def _not_a_tensor(prediction: Any) -> str:

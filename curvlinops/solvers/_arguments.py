@@ -70,7 +70,7 @@ def as_function(preconditioner: Preconditioner | None, A: PyTorchLinearOperator)
                     f"Shape mismatch: the preconditioner {preconditioner!r} maps "
                     f"{describe(preconditioner.in_shape)} to "
                     f"{describe(preconditioner.out_shape)}, but {A!r} acts on "
-                    f"{describe(A.in_shape)}."
+                    f"{describe(A.in_shape)}. Both spaces must be that of A."
                 )
         check_same("a preconditioned solve", A, preconditioner)
         return preconditioner.__matmul__
@@ -115,7 +115,7 @@ def flatten(
         if len(found) > 1:
             raise ValueError(
                 f"{attribute.capitalize()} mismatch: the tensors of {what} have "
-                f"{', '.join(sorted(map(str, found)))}."
+                f"{', '.join(sorted(map(str, found)))}. Convert them with .to(...)."
             )
     flat = concatenate(columns)
     if not (flat.is_floating_point() or flat.is_complex()):
@@ -130,11 +130,12 @@ def flatten_start(A: PyTorchLinearOperator, x0: Any, b: Tensor) -> Tensor | None
     start, _ = flatten(A, x0, "x0", A.in_shape, names_of(A))
     if start.shape != b.shape:
         raise ValueError(
-            f"Shape mismatch: x0 has {start.shape[1]} columns, but b has {b.shape[1]}."
+            f"Shape mismatch: x0 has {start.shape[1]} columns, but b has {b.shape[1]}. x0 "
+            "needs as many as b."
         )
     if (start.dtype, start.device) != (b.dtype, b.device):
         raise ValueError(
             f"Dtype or device mismatch: x0 has {start.dtype} on {start.device}, but b has "
-            f"{b.dtype} on {b.device}."
+            f"{b.dtype} on {b.device}. Convert one of them with .to(...)."
         )
     return start

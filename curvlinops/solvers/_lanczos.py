@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from curvlinops._operator import PyTorchLinearOperator
-from curvlinops._tensors import widened
+from curvlinops._tensors import CHECK_ORIGIN, widened
 from curvlinops.solvers._arguments import flatten, names_of
 
 WHICH = ("LM", "SM", "LA", "SA", "BE")
@@ -61,7 +61,8 @@ def start_vector(
         raise ValueError(f"v0 must be one vector, got {columns.shape[1]} columns.")
     flat = columns.squeeze(1)
     if not bool(flat.isfinite().all()) or not bool((flat != 0).any()):
-        raise ValueError("v0 must be finite and not zero.")
+        got = "only zeros" if bool(flat.isfinite().all()) else "NaN or infinities"
+        raise ValueError(f"v0 must be finite and not zero, got {got}.")
     return widened(flat.detach())
 
 
@@ -120,7 +121,10 @@ class LanczosBasis:
         """Go on with the product of A and :attr:`last`, as :meth:`extend` does."""
         j, w = self.length, widened(product)
         if w.is_complex() and not self.vectors.is_complex():  # of an operator without dtype
-            raise ValueError(f"{self._A!r} has no dtype, but its product is complex.")
+            raise ValueError(
+                f"{self._A!r} has no dtype, but its product is complex. Give the operator a tensor "
+                "of its dtype, or a property dtype."
+            )
         self.products += 1
         before = _norm(w)
         w, coefficients = self._orthogonalised(w, j + 1)
@@ -128,7 +132,9 @@ class LanczosBasis:
         # the step's only transfer: all that the host decides by
         alpha, size, norm = torch.stack([coefficients[j].real, before, beta]).cpu().tolist()
         if not abs(size) < torch.inf:
-            raise ValueError(f"The product of {self._A!r} with a unit vector is not finite.")
+            raise ValueError(
+                f"The product of {self._A!r} with a unit vector is not finite. {CHECK_ORIGIN}"
+            )
         self.T[j, j] = alpha
         self.length += 1
         self._largest = max(self._largest, size)
@@ -323,7 +329,7 @@ def dense_eigenpairs(
     """Decompose the dense matrix: D products, as many as a basis of D vectors needs."""
     matrix = widened(A.to_dense())
     if not bool(matrix.isfinite().all()):
-        raise ValueError(f"The products of {A!r} are not finite.")
+        raise ValueError(f"The products of {A!r} are not finite. {CHECK_ORIGIN}")
     values, vectors = torch.linalg.eigh((matrix + matrix.mH) / 2)
     values = values.cpu().double()
     wanted = preference(values, which)[:k].sort().values

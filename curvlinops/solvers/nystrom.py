@@ -7,7 +7,7 @@ from torch import Tensor
 
 from curvlinops._operator import PyTorchLinearOperator
 from curvlinops._scalars import as_integer, as_scalar
-from curvlinops._tensors import widened
+from curvlinops._tensors import CHECK_ORIGIN, widened
 from curvlinops.low_rank import LowRankLinearOperator
 from curvlinops.solvers._arguments import check_square
 from curvlinops.solvers._lanczos import normal, own_dtype
@@ -85,7 +85,7 @@ def nystrom(
         omega = torch.linalg.qr(normal(A, rank, generator).T).Q.to(dtype)  # [D, r]
         product, omega = widened(A @ omega), widened(omega)
         if not bool(product.isfinite().all()):
-            raise ValueError(f"The products of {A!r} are not finite.")
+            raise ValueError(f"The products of {A!r} are not finite. {CHECK_ORIGIN}")
         norm = torch.linalg.matrix_norm(product)
         if norm == 0:
             values, vectors = product.new_zeros(rank).real, omega

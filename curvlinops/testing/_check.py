@@ -41,7 +41,9 @@ class Check:
         skip: frozenset[str],
     ):
         if dense is not None and dense.shape != op.shape:
-            raise ValueError(f"dense has shape {list(dense.shape)}, but op is {op!r}.")
+            raise ValueError(
+                f"dense must have the shape of op, {list(op.shape)}, got {list(dense.shape)}."
+            )
         self.op, self.num_columns, self.skip = op, num_columns, skip
         self.group, self.name = "spaces", ""
         self.generator = torch.Generator().manual_seed(seed)

@@ -100,7 +100,10 @@ class Checker(Recorder):
         """Compute all dense matrices; a loss or model that autograd refuses raises its error."""
         r = self.reference
         if not r.finite:
-            raise ValueError("Loss or predictions are not finite: there is no curvature to check.")
+            raise ValueError(
+                "Loss or predictions are not finite: there is no curvature to check. Check the "
+                "data and the parameters for NaN, infinities and overflow."
+            )
         J = r.jacobian
         curvature = max((float(H.abs().max()) for H in r.loss_hessians), default=0.0)
         ggn = max(curvature, r.scale if self._closed_form else 0.0) * float(J.norm()) ** 2

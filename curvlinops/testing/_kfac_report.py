@@ -93,7 +93,9 @@ def nearest(rows: dict[Method, dict[str, Any]]) -> str:
     for pair in METHODS:
         if pair in rows and rows[pair]["distance"] <= best * (1 + 1e-6) + 1e-9:
             return " ".join(filter(None, pair))
-    raise AssertionError("there is no row")
+    raise AssertionError(
+        "All distances are NaN: check model and data for NaN, infinities and overflow."
+    )
 
 
 class Distances:

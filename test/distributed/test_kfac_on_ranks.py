@@ -301,7 +301,9 @@ def bases_of_own_data() -> None:
     case = network()
     args = (case.model, case.loss("mean"), case.params)
     K = KFACLinearOperator(*args, part(case.data, [2]), fisher_type="type-2")
-    with pytest.raises(RuntimeError, match="different eigenvectors of the gradient factor of 'conv"):
+    with pytest.raises(
+        RuntimeError, match="different eigenvectors of the gradient factor of 'conv"
+    ):
         EKFACAccumulator(*args, K, process_group=dist.group.WORLD, fisher_type="type-2")
 
 

@@ -225,6 +225,18 @@ def test_once_differentiable(kind: str, options: dict[str, Any], function: Any) 
             assert len(calls) < 20
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo
+@pytest.mark.parametrize("function", [OnceCube, pytest.param(OldOnceCube, marks=pytest.mark.slow)])
+def test_compiled_once_differentiable(function: Any) -> None:
+    """Compiled code sees no custom function: without a look at construction, it returns zeros."""
+    problem, _, _ = pair(lambda self, h: function.apply(h), lambda self, h: h**3)
+    H = build("Hessian", problem)
+    torch.compiler.reset()
+    product = torch.compile(lambda v: H @ v, backend="eager")
+    with pytest.raises(NotImplementedError, match=rf"The model uses {function.__name__}, whose"):
+        product(rand(H.shape[1]))
+
+
 @each_kind
 @each_mode
 def test_once_differentiable_with_forward_mode(kind: str, options: dict[str, Any]) -> None:

@@ -160,6 +160,7 @@ def test_factors_are_inputs() -> None:
     check(compiled(x), K @ x)
 
 
+@pytest.mark.slow
 def test_numbers_of_columns() -> None:
     """One compiled product takes matrices of any number of columns."""
     K, problem = make("EKFAC", "conv2d-groups", True, False)

@@ -792,7 +792,8 @@ def test_compiled_more(case: tuple[str, int, str, bool], backend: str) -> None:
     check_batch_case(case, backend)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_tied_embedding(backend: str) -> None:
     problem, options = tied_problem("head-bias", "expand", True, 4)
     # alone, for the sake of time

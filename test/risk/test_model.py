@@ -584,6 +584,7 @@ def test_once_differentiable_functions(function: Any, inspected: bool) -> None:
         leaves = {"w": torch.ones((), requires_grad=True)}
         torch.autograd.grad(value(leaves), list(leaves.values()))
     assert model.likely_traits.once_differentiable == [function.__name__]
+    assert not inspected or before.once_differentiable
     assert len(calls) == 1
     assert before is None or model.traits is before
 

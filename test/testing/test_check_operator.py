@@ -1034,7 +1034,7 @@ def test_skip() -> None:
 
 def test_arguments() -> None:
     """A dense matrix of another shape, and too few columns, are refused."""
-    with pytest.raises(ValueError, match=r"dense has shape \[3, 4\]"):
+    with pytest.raises(ValueError, match=r"the shape of op, \[4, 4\], got \[3, 4\]"):
         check_operator(Right(general(4, 4)), general(3, 4))
     with pytest.raises(ValueError, match="num_columns must be at least 2"):
         check_operator(Right(general(4, 4)), num_columns=1)
