@@ -60,6 +60,7 @@ def test_spectrum_has_outliers_and_densities_of_the_exact_one(tmp_path):
     assert table[18][0] / table[120][0] == pytest.approx((120 / 18) ** 0.5, rel=0.01)
 
 
+@pytest.mark.slow
 def test_inverse_products_are_exact_and_preconditioners_save_iterations(tmp_path):
     """Catches preconditioners that are no inverse, and operators that solve another system."""
     output = _run("inverse_products.py", tmp_path)

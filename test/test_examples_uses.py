@@ -53,6 +53,7 @@ def test_merging_with_curvature_beats_averaging(tmp_path):
     assert 0 < float(error) < 1e-6
 
 
+@pytest.mark.slow
 def test_pruning_with_the_inverse_beats_magnitudes(tmp_path):
     """Catches updates without an inverse, with another or its negative, and wrong diagonals."""
     output = _output_of("pruning", tmp_path)

@@ -280,7 +280,7 @@ def packed(total: Tensor) -> Tensor:
     (matrix,) = total
     num_rows, width = matrix.shape
     whole = matrix.as_strided((num_rows, width), (width, 1))
-    for start in range(0, num_rows, 64):
-        rows = slice(start, start + 64)
+    for start in range(0, num_rows, 32):
+        rows = slice(start, start + 32)
         whole[rows] = matrix[rows].clone()  # as both may overlap
     return whole.unsqueeze(0)

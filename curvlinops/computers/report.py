@@ -19,7 +19,7 @@ from curvlinops.sharded import RemoteBlock
 # How far an entry may be off, relative to the root of the product of its two diagonal entries: even
 # products of float32 may be those of bfloat16, see torch.set_float32_matmul_precision.
 _SLACK = 2**-5
-_MAX_STRIP = 2**17  # entries that are compared at once with their mirror images: they fit in caches
+_MAX_STRIP = 2**16  # entries that are compared at once with their mirror images: they fit in caches
 _CHECK_VALUES = "Check the data, the parameters and the loss for NaN, infinities and overflow."
 _ORIGIN = (
     "Factors are sums of outer products: check layers and losses that were registered, and "
