@@ -40,6 +40,15 @@ def _run(arguments: list[str], folder: Path) -> str:
     return result.stdout
 
 
+def output_of(script: Path, folder: Path) -> str:
+    """Run an example that writes its figure into a folder; return what it prints."""
+    figure = folder / "figure.png"
+    output = _run([str(script), str(figure)], folder)
+    assert figure.stat().st_size > 10_000
+    assert output.endswith(f"Wrote {figure}\n")
+    return output
+
+
 def _torchrun(script: Path, size: int, folder: Path) -> str:
     """Run a script on several processes, which talk through the loopback interface."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
@@ -70,17 +79,12 @@ def _torchrun(script: Path, size: int, folder: Path) -> str:
 @pytest.mark.slow  # `make demo` runs it, too
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
 def test_example_runs_and_writes_its_figure(script, tmp_path):
-    figure = tmp_path / "figure.png"
-    output = _run([str(script), str(figure)], tmp_path)
-    assert figure.stat().st_size > 10_000
-    assert output
+    output_of(script, tmp_path)
 
 
 def test_natural_gradient_beats_sgd_and_adam(tmp_path):
     """Catches factors, inverses or steps with which KFAC is no better than a diagonal method."""
-    figure = tmp_path / "figure.png"
-    output = _run([str(NATURAL_GRADIENT), str(figure)], tmp_path)
-    assert figure.stat().st_size > 10_000
+    output = output_of(NATURAL_GRADIENT, tmp_path)
     rows = re.findall(r"^(\w+), (.+?) {2,}([\d.]+) +([\d.]+)% +[\d.]+ ms$", output, re.MULTILINE)
     loss = {(name, what): float(value) for name, what, value, _ in rows}
     assert [name for name, _ in loss] == ["SGD", "Adam", "KFAC", "KFAC"]
@@ -91,7 +95,6 @@ def test_natural_gradient_beats_sgd_and_adam(tmp_path):
     assert min(accuracy[2:]) > max(93, *accuracy[:2])
     ratios = [float(x) for x in re.findall(r"loss ([\d.]+) times lower than SGD's", output)]
     assert ratios == pytest.approx([SGD / x for x in KFAC], rel=0.02)
-    assert output.endswith(f"Wrote {figure}\n")
 
 
 @pytest.mark.slow

@@ -4,33 +4,10 @@ Each runs as a user runs it, with warnings as errors. The bounds are checked her
 table that it prints.
 """
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent
-FOLDER = ROOT / "docs_src" / "examples"
-# what PyTorch says about itself when forward mode is first used, see pyproject.toml
-WARNINGS = ["-W", "error", "-W", "ignore:`torch.jit.script:DeprecationWarning"]
-
-
-def _run(name: str, folder: Path) -> str:
-    """Run an example in a folder; check that it writes its figure, and return what it prints."""
-    figure = folder / "figure.png"
-    result = subprocess.run(
-        [sys.executable, *WARNINGS, str(FOLDER / name), str(figure)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert figure.stat().st_size > 10_000
-    return result.stdout
+from test_examples import FOLDER, output_of
 
 
 def _number(pattern: str, output: str) -> float:
@@ -41,7 +18,7 @@ def _number(pattern: str, output: str) -> float:
 
 def test_spectrum_has_outliers_and_densities_of_the_exact_one(tmp_path):
     """Catches other matrices than the Hessian, wrong densities, and wrong weights of samples."""
-    output = _run("spectrum.py", tmp_path)
+    output = output_of(FOLDER / "spectrum.py", tmp_path)
     assert _number(r"relative error (\S+)", output) <= 1e-6
     assert _number(r"eigenvalues: +(\d+) products", output) < 650 / 2
     assert _number(r"Outliers: (\d+) of 10 classes", output) == 9
@@ -63,7 +40,7 @@ def test_spectrum_has_outliers_and_densities_of_the_exact_one(tmp_path):
 @pytest.mark.slow
 def test_inverse_products_are_exact_and_preconditioners_save_iterations(tmp_path):
     """Catches preconditioners that are no inverse, and operators that solve another system."""
-    output = _run("inverse_products.py", tmp_path)
+    output = output_of(FOLDER / "inverse_products.py", tmp_path)
     rows = re.findall(
         r"^(no preconditioner|KFAC|EKFAC|Nyström) +(\d+) iterations +[\d.]+ +(\S+)$",
         output,
@@ -85,7 +62,7 @@ def test_inverse_products_are_exact_and_preconditioners_save_iterations(tmp_path
 
 def test_laplace_calibrates_a_network(tmp_path):
     """Catches a curvature of another scale, samples of another covariance, and none at all."""
-    output = _run("laplace.py", tmp_path)
+    output = output_of(FOLDER / "laplace.py", tmp_path)
     number = r" +([\d.]+)"
     pattern = rf"^(trained network|Laplace){4 * number}$"
     rows = {name: [float(x) for x in row] for name, *row in re.findall(pattern, output, re.M)}

@@ -1,19 +1,9 @@
 """Examples of what curvature is used for: each reaches the figure of merit that it prints."""
 
 import re
-from pathlib import Path
 
 import pytest
-from test_examples import FOLDER, _run
-
-
-def _output_of(name: str, folder: Path) -> str:
-    """Run an example that writes its figure into a folder; return what it prints."""
-    figure = folder / "figure.png"
-    output = _run([str(FOLDER / f"{name}.py"), str(figure)], folder)
-    assert figure.stat().st_size > 10_000
-    assert output.endswith(f"Wrote {figure}\n")
-    return output
+from test_examples import FOLDER, output_of
 
 
 def _rows(output: str, columns: int) -> dict[str, list[float]]:
@@ -25,7 +15,7 @@ def _rows(output: str, columns: int) -> dict[str, list[float]]:
 
 def test_influence_predicts_leaving_one_out(tmp_path):
     """Catches influences of the wrong sign, without an inverse, or with factors of other layers."""
-    rows = _rows(_output_of("influence", tmp_path), columns=3)
+    rows = _rows(output_of(FOLDER / "influence.py", tmp_path), columns=3)
     assert list(rows) == ["exact inverse (CG)", "EKFAC", "KFAC", "diagonal", "no inverse"]
     pearson, spearman, found = zip(*rows.values(), strict=True)
     assert pearson[0] > 0.97 and spearman[0] > 0.97
@@ -37,7 +27,7 @@ def test_influence_predicts_leaving_one_out(tmp_path):
 
 def test_merging_with_curvature_beats_averaging(tmp_path):
     """Catches curvature of the wrong task, and a sum of operators that drops or mixes summands."""
-    output = _output_of("merging", tmp_path)
+    output = output_of(FOLDER / "merging.py", tmp_path)
     rows = _rows(output, columns=4)
     assert len(rows) == 8
     loss = {label: values[0] for label, values in rows.items()}
@@ -56,7 +46,7 @@ def test_merging_with_curvature_beats_averaging(tmp_path):
 @pytest.mark.slow
 def test_pruning_with_the_inverse_beats_magnitudes(tmp_path):
     """Catches updates without an inverse, with another or its negative, and wrong diagonals."""
-    output = _output_of("pruning", tmp_path)
+    output = output_of(FOLDER / "pruning.py", tmp_path)
     header = re.findall(r"^accuracy without +(.*)$", output, re.MULTILINE)[0].split()
     rows = _rows(output, columns=len(header))
     at = {label: dict(zip(header, values, strict=True)) for label, values in rows.items()}
