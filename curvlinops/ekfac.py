@@ -43,7 +43,7 @@ class EKFACLinearOperator(KFACLinearOperator):
     Monte-Carlo samples. All arguments are those of :class:`~curvlinops.KFACLinearOperator`.
 
     Memory of the second pass: besides the basis and the eigenvalues, the inputs of the layers of
-    one batch in weight-sharing format are reachable, and at most about 2²² numbers of gradients of
+    one batch in weight-sharing format are reachable, and at most about 2²⁰ numbers of gradients of
     single examples of a layer (or those of one example, where they are more).
 
     Raises:

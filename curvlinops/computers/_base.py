@@ -21,7 +21,7 @@ from curvlinops.computers.across_ranks import (
 from curvlinops.computers.encoding import decode, encode
 from curvlinops.computers.events import Collector, Statistic
 from curvlinops.computers.ggn_diagonal import GGNDiagonalComputer
-from curvlinops.computers.listeners import Measure, Precise, Selected
+from curvlinops.computers.listeners import Bundled, Measure, Precise, Selected
 from curvlinops.computers.look import Looking
 from curvlinops.computers.memory import MemoryPlan, memory_of, split_into_passes
 from curvlinops.computers.plan import GroupPlan
@@ -214,7 +214,7 @@ class KFACComputer(Looking):
         self, statistic: Statistic, batch: Batch, counter: TermCounter, signs: str
     ) -> Tensor | float:
         """Give a statistic the events of one batch; return the loss's normalizer."""
-        statistic = self._precise(statistic)
+        statistic = Bundled(self._precise(statistic), lambda: self._num_vectors)
         self._largest_batch = max(self._largest_batch, batch.n)
         prediction, collector = self._run(statistic, batch)
         self._note(collector.calls, collector.other_uses)

@@ -39,7 +39,7 @@ class EigenvalueStatistic(GroupStatistic[_Group]):
     """Sums of squared gradients in given bases, ``[d_out, d_in]`` or ``[d_out]`` for each block.
 
     Gradients of single examples are formed for a few examples at once, so that they have at most
-    some 2²² entries (or one example's). Besides, the inputs of the layers of one batch are held:
+    some 2²⁰ entries (or one example's). Besides, the inputs of the layers of one batch are held:
     ``n S d_in`` numbers each, as positions share weights, and the output gradients of groups whose
     layers are called several times.
 

@@ -96,7 +96,7 @@ class EKFACComputer(KFACComputer):
 
     def _eigenvectors(self, factor: Factor | None, key: Key, what: str) -> Tensor | None:
         """Return a factor's eigenvectors, None for a diagonal one."""
-        return _eigenvectors(factor, key, what, self.precision.decompositions)
+        return _eigenvectors(factor, key, what, self.precision.decompositions, checked=True)
 
     def decomposition_of(
         self,
@@ -174,7 +174,7 @@ def basis_of(block: Any) -> tuple[list[Basis], list[list[int]]]:
         vectors = [
             (f if isinstance(f, Tensor) else None)
             if decomposed
-            else _eigenvectors(f, ("basis",), what)
+            else _eigenvectors(f, ("basis",), what, checked=False)
             for f, what in zip(factors, ("gradient", "input"), strict=False)
         ]
         bases.append((vectors[0], vectors[1] if len(vectors) > 1 else None))
@@ -182,14 +182,15 @@ def basis_of(block: Any) -> tuple[list[Basis], list[list[int]]]:
 
 
 def _eigenvectors(
-    factor: Factor | None, key: Key, what: str, dtype: torch.dtype | None = None
+    factor: Factor | None, key: Key, what: str, dtype: torch.dtype | None = None, *, checked: bool
 ) -> Tensor | None:
     """Return a factor's eigenvectors, None for a diagonal one; computed in a dtype."""
     if factor is None or isinstance(factor, DiagonalLinearOperator):
         return None
     wide = factor if dtype is None else factor.to(dtype)
     symmetric = (wide + wide.mT) / 2  # up to rounding it is
-    values, vectors = _tensors.eigh(symmetric, name=f"the {factor_name(key, what)}")
+    name = f"the {factor_name(key, what)}"
+    values, vectors = _tensors.eigh(symmetric, name=name, checked=checked)
     check_spectrum(key, what, values)
     return vectors.to(factor.dtype)
 

@@ -72,7 +72,7 @@ class Pairs(Statistic):
     the outer product.
 
     The inputs of one batch are held until its end. Gradients come as the backward pass reaches a
-    layer, for one loss vector after the other.
+    layer, for one loss vector after the other, or for a few of them at once if they are small.
 
     Args:
         on_pair: Called with how the layer uses parameters (``usage.weight`` and ``usage.bias`` have

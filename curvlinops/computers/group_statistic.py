@@ -18,7 +18,8 @@ from curvlinops.computers.plan import GroupPlan
 from curvlinops.computers.positions import Positions, Tokens, widened
 from curvlinops.computers.usages import Usage
 
-_ENTRIES = 2**22  # entries of what is formed for several examples at once
+# Entries of what is formed for several examples at once; more do not fit into a CPU's caches.
+_ENTRIES = 2**20
 
 
 @dataclass
@@ -230,7 +231,7 @@ def fits(entries: int) -> bool:
 
 
 def chunks(n: int, entries: int) -> list[slice]:
-    """Split n examples into parts of at most some 2²² entries, or one example.
+    """Split n examples into parts of at most some 2²⁰ entries, or one example.
 
     Args:
         n: The number of examples.

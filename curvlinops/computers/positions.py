@@ -170,12 +170,15 @@ class Moment:
         num_rows, d = rows.shape
         self.count += num_rows
         width = d + (ones is not None)
+        beta = float(self.total is not None)
         if self.total is None:
-            self.total = _new_square(rows, width)
+            self.total = _empty_square(rows, width)
+            self.total[:, d:] = 0
         self._size = self._size or _block_size(d, rows.device)
         for start in range(0, d, self._size):
             stop = min(start + self._size, d)
-            _add_product(self.total[start:stop, start:d], rows[:, start:stop].T, rows[:, start:])
+            block = self.total[start:stop, start:d]
+            _add_product(block, rows[:, start:stop].T, rows[:, start:], beta)
         if ones is not None:
             self.total[:d, d] += ones * rows.sum(0)
             self.total[d, d] += num_rows * ones**2
@@ -183,12 +186,22 @@ class Moment:
     def symmetric(self) -> Tensor | None:
         """Return the sum with what is below its diagonal, in place."""
         if self.total is not None and self._size:
-            for stop in range(self._size, len(self.total), self._size):
-                block = slice(stop - self._size, stop)
-                self.total[stop:, block] = self.total[block, stop:].T
-            d = len(self.total) - 1
-            self.total[d, :d] = self.total[:d, d]
+            _mirror(self.total, self._size)
         return self.total
+
+    def taken(self, scale: Tensor | float) -> Tensor | None:
+        """Return a multiple of the sum with what is below its diagonal, in the sum's memory.
+
+        The moment is empty afterwards.
+        """
+        total, self.total = self.total, None
+        if total is None or total.is_contiguous() or total.ndim > 2:
+            total = None if total is None else total.mul_(scale)
+        else:
+            total = _packed(total, scale, self._size or len(total))
+        if total is not None and self._size:
+            _mirror(total, self._size)
+        return total
 
     def merge(self, other: Moment) -> None:
         """Add another moment of the same rows, which may be changed."""
@@ -244,12 +257,12 @@ class Moment:
         return torch.cat([top, torch.cat([column, corner], dim=-1).unsqueeze(-2)], dim=-2)
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add ``left @ right`` to a part of a matrix."""
+def _add_product(total: Tensor, left: Tensor, right: Tensor, beta: float) -> None:
+    """Add ``left @ right`` to beta (0: whatever it is) times a part of a matrix."""
     if get_proxy_mode() is None:
-        torch.addmm(total, left, right, out=total)
+        torch.addmm(total, left, right, beta=beta, out=total)
     else:  # torch.compile refuses that of a part in the trace
-        total.copy_(torch.addmm(total, left, right))
+        total.copy_(torch.addmm(total, left, right, beta=beta))
 
 
 def _block_size(d: int, device: torch.device) -> int:
@@ -259,28 +272,37 @@ def _block_size(d: int, device: torch.device) -> int:
     a CPU more of them save more, up to a half.
     """
     quarter = -(-d // 128) * 32
-    return d if d < 128 else min(quarter, 128) if device.type == "cpu" else quarter
+    return d if d < 128 else min(max(quarter, 64), 128) if device.type == "cpu" else quarter
 
 
-def _new_square(rows: Tensor, width: int) -> Tensor:
-    """Return zeros ``[width, width]``, each row of which begins where a line of a cache does.
+def _empty_square(rows: Tensor, width: int) -> Tensor:
+    """Return ``[width, width]`` without values; rows begin where a line of a cache does.
 
     Products that are added to rows with other distances take up to twice as long.
     """
     if get_proxy_mode() is not None or width < 128:
         return rows.new_zeros(width, width)
     line = 64 // rows.itemsize
-    return rows.new_zeros(width, -(-width // line) * line)[:, :width]
+    return rows.new_empty(width, -(-width // line) * line)[:, :width]
 
 
-def packed(total: Tensor) -> Tensor:
-    """Return a moment's sum ``[groups, d, d]`` without room between its rows, in its own memory."""
-    if total.is_contiguous() or len(total) > 1:  # only a single matrix can have such room
-        return total
-    (matrix,) = total
+def _packed(matrix: Tensor, scale: Tensor | float, size: int) -> Tensor:
+    """Multiply ``[d, d]``, and move its rows to where there is no room between them.
+
+    What is left of blocks on the diagonal of a size is forgotten.
+    """
     num_rows, width = matrix.shape
     whole = matrix.as_strided((num_rows, width), (width, 1))
     for start in range(0, num_rows, 32):
-        rows = slice(start, start + 32)
-        whole[rows] = matrix[rows].clone()  # as both may overlap
-    return whole.unsqueeze(0)
+        part = slice(start, start + 32), slice(start // size * size, None)
+        whole[part] = matrix[part] * scale  # a copy, as both may overlap
+    return whole
+
+
+def _mirror(matrix: Tensor, size: int) -> None:
+    """Copy what is right of blocks on the diagonal of a size to below them."""
+    for stop in range(size, len(matrix), size):
+        block = slice(stop - size, stop)
+        matrix[stop:, block] = matrix[block, stop:].T
+    d = len(matrix) - 1
+    matrix[d, :d] = matrix[:d, d]

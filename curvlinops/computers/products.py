@@ -114,7 +114,7 @@ class ProductStatistic(GroupStatistic[_Group]):
 
     For groups without input factor: the second moment of the gradients, whatever is given.
     Gradients of single examples are formed for a few examples at once, and only where that is
-    cheaper than products between positions, so that they have at most some 2²² entries (or one
+    cheaper than products between positions, so that they have at most some 2²⁰ entries (or one
     example's). Besides, the inputs of the layers of one batch are held, ``n S d_in`` numbers each.
 
     Args:

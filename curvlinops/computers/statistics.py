@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from curvlinops.computers.plan import GroupPlan, Rows
-from curvlinops.computers.positions import Moment, Positions, flat_rows, packed, widened
+from curvlinops.computers.positions import Moment, Positions, flat_rows, widened
 from curvlinops.computers.usages import Part, Usage
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.kfac_utils import KFACType
@@ -347,11 +347,11 @@ class CovarianceStatistic:
         the layer was never called, and the factors are zero.
         """
         diagonal = width > self._max_factor_size or any(m.diagonal for m in moments)
-        sums = [_aligned(moment, width, groups, diagonal) for moment in moments]
-        if len(sums) == 1 and not keep and not diagonal:
-            total = sums[0].mul_(scale)  # two copies may be more than all else that is held
-            total = packed(total)
-        elif sums:
+        if len(moments) == 1 and not keep and not diagonal:
+            # two copies may be more than all else that is held
+            total = _fitting(moments[0].taken(scale), width, groups)
+        elif moments:
+            sums = [_aligned(moment, width, groups, diagonal) for moment in moments]
             total = (torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]) * scale
         else:
             total = like.new_zeros([groups, width] if diagonal else [groups, width, width])
@@ -370,12 +370,17 @@ def _padded(factor: Factor) -> Factor:
 def _aligned(moment: Moment, width: int, groups: int, diagonal: bool) -> Tensor:
     """Return a moment's sum as ``[groups, width(, width)]``."""
     total = moment.symmetric()
-    assert total is not None
-    if diagonal and not moment.diagonal:
+    if diagonal and not moment.diagonal and total is not None:
         total = total.diagonal(dim1=-2, dim2=-1)
+    return _fitting(total, width, groups, 1 if diagonal else 2)
+
+
+def _fitting(total: Tensor | None, width: int, groups: int, num_axes: int = 2) -> Tensor:
+    """Append zeros to a moment's sum, if it is narrower; return it with an axis of groups."""
+    assert total is not None
     missing = width - total.shape[-1]
     if missing:
-        total = torch.nn.functional.pad(total, (0, missing) * (1 if diagonal else 2))
+        total = torch.nn.functional.pad(total, (0, missing) * num_axes)
     return total.unsqueeze(0) if groups == 1 else total
 
 

@@ -14,6 +14,7 @@ from curvlinops import KFACLinearOperator
 from curvlinops.computers.events import Pairs, Statistic
 from curvlinops.computers.kfac_hooks import HooksKFACComputer
 from curvlinops.computers.kfac_make_fx import MakeFxKFACComputer
+from curvlinops.computers.listeners import Bundled
 from curvlinops.computers.usages import Part, Usage
 
 # PyTorch's own remark about an even kernel with padding "same"
@@ -116,8 +117,15 @@ def test_type2_pairs_add_up_to_the_dense_block(computer: Any) -> None:
 
 
 @each_backend
-def test_order_of_events(computer: Any) -> None:
-    """Inputs first, then gradients from the last layer to the first, for each vector and batch."""
+@pytest.mark.parametrize(("rows", "bundles"), [(12, [3]), (8, [2, 1]), (7, [1, 1, 1])])
+def test_order_of_events(
+    computer: Any, rows: int, bundles: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inputs first, then gradients from the last layer to the first, for each vector and batch.
+
+    Those of several vectors come together if there are few rows.
+    """
+    monkeypatch.setattr(Bundled, "_ROWS", rows)
     log: list[str] = []
 
     class Log(Statistic):
@@ -125,7 +133,7 @@ def test_order_of_events(computer: Any) -> None:
             log.append(f"input {usage.part('W').name}")
 
         def on_gradient(self, usage: Usage, index: int, gradient: Tensor) -> None:
-            log.append(f"gradient {usage.part('W').name}")
+            log.append(f"{len(gradient)} gradient {usage.part('W').name}")
 
         def end_of_forward(self) -> None:
             log.append("forward")
@@ -137,11 +145,16 @@ def test_order_of_events(computer: Any) -> None:
             log.append("batch")
 
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
-    data = [(torch.rand(2, 3), torch.rand(2, 2))] * 2
+    data = [(torch.rand(4, 3), torch.rand(4, 2))] * 2
     params = dict(model.named_parameters())
-    computer(model, nn.MSELoss(), params, data, fisher_type="type-2").stream(Log())
-    back = ["gradient 1.weight", "gradient 0.weight", "backward"]
-    one = ["input 0.weight", "input 1.weight", "forward", *back, *back, "batch"]
+    options = {"fisher_type": "mc", "mc_samples": 3}
+    computer(model, nn.MSELoss(), params, data, **options).stream(Log())
+    back = [
+        event
+        for number in bundles
+        for event in (f"{number} gradient 1.weight", f"{number} gradient 0.weight", "backward")
+    ]
+    one = ["input 0.weight", "input 1.weight", "forward", *back, "batch"]
     assert log == one * 2
 
 

@@ -131,6 +131,13 @@ def test_wrong_diagonal_factors(operator: Any, monkeypatch: pytest.MonkeyPatch):
         build(operator, max_factor_size=4)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_diagonals_that_are_not_finite(value: float):
+    for factor in (DiagonalLinearOperator([torch.tensor([1.0, value])]), torch.tensor([[value]])):
+        with pytest.raises(RuntimeError, match="gradient factor of 'w' has non-finite values"):
+            check_finite(("w",), None, factor)
+
+
 def test_hints_say_where_to_look(monkeypatch: pytest.MonkeyPatch):
     plant(monkeypatch, "input", entry(0, 2, -0.9))
     with pytest.raises(RuntimeError, match="sums of outer products: check layers and losses that"):

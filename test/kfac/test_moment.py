@@ -58,8 +58,24 @@ def test_half_precision_is_summed_in_float32():
     torch.testing.assert_close(total, 3 * X.float().T @ X.float())
 
 
+@pytest.mark.parametrize("ones", [None, 1.0])
+@pytest.mark.parametrize("d", WIDTHS)
+def test_taken(d: int, ones: float | None):
+    """A multiple without gaps between rows, of which no second copy is held."""
+    moment, X = Moment(), rows(5, d)
+    moment.update(X, ones)
+    assert moment.total is not None
+    memory = moment.total.untyped_storage().data_ptr()
+    total = moment.taken(3.0)
+    X = X if ones is None else torch.cat([X, X.new_full((5, 1), ones)], dim=1)
+    assert total is not None and total.is_contiguous()
+    assert total.untyped_storage().data_ptr() == memory and moment.total is None
+    torch.testing.assert_close(total, 3 * X.T @ X)
+
+
 def test_nothing_was_added():
     assert Moment().symmetric() is None
+    assert Moment().taken(2.0) is None
 
 
 class Twice(nn.Module):
