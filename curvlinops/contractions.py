@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import disable_saved_tensors_hooks
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from curvlinops.formulas import FUNCTIONS, is_special
 
 #: The arguments of a trilinear form.
 G, X, W = range(3)
@@ -57,10 +58,11 @@ class Contractions(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _LAYERS:
-            layer = _LAYERS[func](self, *args, **kwargs)
-            if layer is not None:
-                return layer
+        evaluate = _LAYERS.get(func) or FUNCTIONS.get(func)
+        if evaluate is not None:
+            result = evaluate(self, *args, **kwargs)
+            if result is not None:
+                return result
         return func(*args, **kwargs)
 
 
@@ -184,36 +186,11 @@ class _Contraction(torch.autograd.Function):
         return form.spread(dbias).expand(ctx.shape).contiguous()
 
 
-def _is_special(*tensors: Tensor | None) -> bool:
-    """Whether something else takes part in a product, or would have to know of it."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or _saving_is_hooked()
-        or any(
-            type(x) not in (Tensor, nn.Parameter)
-            or not x.is_floating_point()
-            or x.layout is not torch.strided
-            or torch.is_autocast_enabled(x.device.type)
-            for x in tensors
-            if x is not None
-        )
-    )
-
-
-def _saving_is_hooked() -> bool:
-    """Whether tensors that autograd saves go through hooks."""
-    try:
-        with disable_saved_tensors_hooks("Only newer versions of PyTorch tell it otherwise."):
-            return False
-    except RuntimeError:
-        return True
-
-
 def _linear(
     mode: Contractions, input: Tensor, weight: Tensor, bias: Tensor | None = None
 ) -> Tensor | None:
     """Evaluate ``functional.linear``, unless there is something special about it."""
-    if _is_special(input, weight, bias) or weight.ndim != 2:
+    if is_special(input, weight, bias) or weight.ndim != 2:
         return None
     return _Linear(mode, input, weight)(G, input, weight, bias)
 
@@ -230,7 +207,7 @@ def _convolution(
 ) -> Tensor | None:
     """Evaluate ``functional.conv*d``, unless there is something special about it."""
     d = weight.ndim - 2
-    if _is_special(input, weight, bias) or input.ndim != weight.ndim or isinstance(padding, str):
+    if is_special(input, weight, bias) or input.ndim != weight.ndim or isinstance(padding, str):
         return None
     lists = [_repeat(x, d) for x in (stride, padding, dilation)]
     form = _Convolution(mode, input, weight, (*lists, False, [0] * d, groups))
@@ -250,7 +227,7 @@ def _transposed_convolution(
 ) -> Tensor | None:
     """Evaluate ``functional.conv_transpose*d``, unless there is something special about it."""
     d = weight.ndim - 2
-    if _is_special(input, weight, bias) or input.ndim != weight.ndim:
+    if is_special(input, weight, bias) or input.ndim != weight.ndim:
         return None
     stride, padding, output_padding, dilation = (
         _repeat(x, d) for x in (stride, padding, output_padding, dilation)

@@ -231,6 +231,8 @@ class RiskLinearOperator(ModelLinearOperator):
         kept = None if recording or torch.compiler.is_compiling() else self._kept
         if kept is not None:
             kept.start(self._risk.dependencies())
+        with torch.inference_mode(False), torch.set_grad_enabled(recording):
+            X = [_with_own_columns(x, kept is None) for x in X]
 
         def multiply(batch: Batch) -> tuple[list[Tensor], Tensor | float]:
             product = None if kept is None else self._multiply_kept(kept, batch, X, counter)
@@ -276,3 +278,14 @@ class RiskLinearOperator(ModelLinearOperator):
         Raises ``NotImplementedError`` where an operation of the model has no second derivative.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement _keep_batch.")
+
+
+def _with_own_columns(x: Tensor, copy: bool) -> Tensor:
+    """Return a tensor ``[*N, K]`` whose columns are contiguous, for fast matrix products.
+
+    ``copy`` says that it shall share no memory with others: forward mode copies such tangents, for
+    each batch anew.
+    """
+    rows = x.movedim(-1, 0)
+    rows = rows.clone(memory_format=torch.contiguous_format) if copy else rows.contiguous()
+    return rows.movedim(0, -1)

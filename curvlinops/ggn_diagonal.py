@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from curvlinops import _tensors
 from curvlinops._saving import saveable
 from curvlinops.computers.ggn_diagonal import GGNDiagonalComputer
 from curvlinops.curvature import CurvatureLinearOperator
@@ -36,9 +37,13 @@ class GGNDiagonalLinearOperator(DiagonalLinearOperator, CurvatureLinearOperator)
     The same ``seed`` gives the same samples as for the other curvature matrices.
 
     The entries are computed once, in the constructor, in one pass over the data; network and data
-    are not kept. Squares are added up as they come: memory grows neither with the number of
-    examples nor with that of classes. Sums, products, inverses and so on are diagonal operators,
-    and dicts keyed by parameter name remain valid vectors.
+    are not kept. For the parameters of supported layers of an ``nn.Module`` (those of
+    :class:`~curvlinops.KFACLinearOperator`), and those that are added to activations or multiply
+    them, they follow from the inputs of the layers and the gradients of their outputs. For all
+    others, gradients of single examples are computed, as where it turns out that examples depend
+    on each other. The result is the same. Squares are added up as they come: memory grows neither
+    with the number of data nor with that of classes. Sums, products, inverses and so on are
+    diagonal operators, and dicts keyed by parameter name remain valid vectors.
 
     The arguments up to ``batch_size_fn``, and ``process_group``, are those of
     :class:`~curvlinops.CurvatureLinearOperator`. The computed operator keeps no process group: it
@@ -47,8 +52,9 @@ class GGNDiagonalLinearOperator(DiagonalLinearOperator, CurvatureLinearOperator)
     Args:
         mc_samples: Number of samples per loss term. 0: the exact diagonal.
         seed: Fixes all random numbers, together with the index of a loss term in the data.
-        chunk_size: Number of gradients (of one example for one loss vector) that are held at once.
-            Default: as many as have :math:`2^{24}` entries (on a CPU :math:`2^{21}`), or one.
+        chunk_size: Number of gradients (of one example for one loss vector) that are held at once,
+            where those are computed. Default: as many as have :math:`2^{24}` entries (on a CPU
+            :math:`2^{21}`), or one.
 
     Raises:
         NotImplementedError: If the loss has no closed form of its Hessian's root.
@@ -97,7 +103,7 @@ class GGNDiagonalLinearOperator(DiagonalLinearOperator, CurvatureLinearOperator)
             process_group=process_group,
         ).compute()
         for name, values in entries.items():
-            if not bool(values.isfinite().all()):
+            if not _tensors.all_finite(values):
                 raise RuntimeError(
                     f"The GGN diagonal of {name!r} has non-finite values. Check the data, the "
                     "parameters and the loss for NaN, infinities and overflow."

@@ -51,6 +51,7 @@ LAYERS = {
         "autodiff",
         "contractions",
         "curvature",
+        "formulas",
         "ggn",
         "gradient_moments",
         "gramian",

@@ -532,12 +532,12 @@ class KFACComputer(Looking):
         """Return the exact diagonal of the GGN for parameters that are in no supported layer."""
         if not self._diagonal:
             return {}
-        params = {name: p for name, p in self.risk.params.items() if name in self._diagonal}
         computer = GGNDiagonalComputer(
             **self._arguments,
-            params=params,
+            params=self.risk.params,
             check_deterministic=False,
             num_data=self.risk.num_data,
+            names=[name for name in self.risk.params if name in self._diagonal],
         )
         entries = computer.compute()
         return {

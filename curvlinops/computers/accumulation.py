@@ -222,13 +222,17 @@ class Accumulator(Generic[S]):
         if not names:
             return {}
         risk = self._computer.risk
-        params = {name: p for name, p in risk.params.items() if name in names}
         computer = GGNDiagonalComputer(
-            **self._arguments, params=params, data=[(X, y)], check_deterministic=False, num_data=n
+            **self._arguments,
+            params=risk.params,
+            data=[(X, y)],
+            check_deterministic=False,
+            num_data=n,
+            names=[name for name in risk.params if name in names],
         )
         scale = float(normalizer) if risk.reduction == "mean" else 1.0
         if scale == 0.0:  # no loss terms
-            return {name: torch.zeros_like(p.detach()) for name, p in params.items()}
+            return {name: torch.zeros_like(risk.params[name].detach()) for name in names}
         return {name: scale * d for name, d in computer.compute().items()}
 
     # ---- results ---------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ the same for all examples). A look at two small batches tells.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +52,7 @@ class Arrangements:
         self._single: dict[Any, Tensor] = {}
         self._found: dict[Any, Arrangement] = {}
         self._unverified: set[Any] = set()
+        self._refused: set[Any] = set()
         self._ignored = False
 
     def learn(self, single: dict[Any, Tensor]) -> None:
@@ -75,6 +76,14 @@ class Arrangements:
         """Return the calls with inputs that are the same for all examples, once."""
         calls, self._unverified = sorted(self._unverified, key=str), set()
         return calls
+
+    def refuse(self, calls: Iterable[Any]) -> None:
+        """Note calls whose output must not be made one for each example."""
+        self._refused.update(calls)
+
+    def refuses(self, usage: Any, index: int) -> bool:
+        """Return whether a call is one of these."""
+        return (usage, index) in self._refused
 
     @contextmanager
     def ignored(self) -> Iterator[None]:

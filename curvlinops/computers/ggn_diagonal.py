@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from textwrap import shorten
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,26 +11,13 @@ from torch import Tensor
 
 from curvlinops._random import RandomSource
 from curvlinops._scalars import as_integer
-from curvlinops.computers.per_example import (
-    Cotangents,
-    DependentError,
-    ExampleGradients,
-    Watch,
-    check_same,
-)
+from curvlinops.computers.diagonal_by_examples import ExamplesDiagonal, zeros
+from curvlinops.computers.diagonal_by_layers import LayersDiagonal
+from curvlinops.computers.diagonal_vectors import LossVectors
 from curvlinops.distributed import collective_of
 from curvlinops.risk import Batch, EmpiricalRisk, Loss, loss_entry
 from curvlinops.risk.data import TermCounter
 from curvlinops.risk.model import ModelFunction, device_of, refuse_sharded
-
-# Entries of the gradients, and of the loss vectors, that are held at once. On a CPU, larger tensors
-# are slower: they do not fit into the cache, and their memory is taken from the system each time.
-_ENTRIES = 2**24
-_ENTRIES_CPU = 2**21
-
-#: Whether the examples of a batch are differentiated all at once, or one after the other, or each
-#: loss term in the graph of the whole batch.
-VECTORIZED, ONE_BY_ONE, TOGETHER = "vectorized", "one by one", "together"
 
 
 class GGNDiagonalComputer:
@@ -40,11 +25,14 @@ class GGNDiagonalComputer:
 
     The arguments are those of :class:`~curvlinops.GGNDiagonalLinearOperator`, and described there.
 
-    Gradients of several (example, loss vector) pairs are computed at once by vectorising over the
-    examples. This is verified on the first batch of each structure (shapes of inputs and targets):
-    the product of the transposed Jacobian and a vector must be that of the whole batch. Where the
-    model cannot be vectorised, examples are differentiated one after the other; where they depend
-    on each other, each loss term is back-propagated through its whole batch. A warning says so.
+    Parameters of supported layers of an ``nn.Module`` are done by
+    :class:`~curvlinops.computers.diagonal_by_layers.LayersDiagonal`, as long as it finds that its
+    results are right. All others are done by
+    :class:`~curvlinops.computers.diagonal_by_examples.ExamplesDiagonal`, which warns if that takes
+    longer than usual.
+
+    Args:
+        names: The parameters whose entries are computed. Default: all of them.
     """
 
     def __init__(
@@ -62,13 +50,14 @@ class GGNDiagonalComputer:
         *,
         chunk_size: int | None = None,
         process_group: Any = None,
+        names: Iterable[str] | None = None,
     ):
         collective = collective_of(process_group, device_of(params))
         with collective.together():
             self.mc_samples = as_integer("mc_samples", mc_samples, 0)
             at_once = None if chunk_size is None else as_integer("chunk_size", chunk_size, 1)
             self._chunk_size = at_once
-            self._random = RandomSource(seed)
+            random = RandomSource(seed)
             self.loss: Loss = loss_entry(loss_func)[0]
             if not self.loss.closed_form:
                 raise NotImplementedError(
@@ -88,10 +77,13 @@ class GGNDiagonalComputer:
             batch_size_fn=batch_size_fn,
             needs_fixed_order=self.mc_samples > 0,
             collective=collective,
-            purpose=f"GGNDiagonal, mc_samples={self.mc_samples}, seed={self._random.seed}",
+            purpose=f"GGNDiagonal, mc_samples={self.mc_samples}, seed={random.seed}",
         )
-        self._examples = ExampleGradients(self.risk)
-        self._plans: dict[Any, _Plan] = {}
+        self._vectors = LossVectors(self.loss, self.mc_samples, random)
+        self._names = list(self.risk.params if names is None else names)
+        is_module = self.risk.model is not None
+        self._layers = LayersDiagonal(self.risk, self._names, self._vectors) if is_module else None
+        self._examples: dict[tuple[str, ...], ExamplesDiagonal] = {}  # by names of parameters
         self._warned = False
 
     def compute(self) -> dict[str, Tensor]:
@@ -101,281 +93,50 @@ class GGNDiagonalComputer:
             For each parameter name, the entries in the parameter's shape and dtype.
         """
         counter = self.risk.term_counter() if self.mc_samples else TermCounter()
-        with torch.inference_mode(False):
-            like = list(_zeros(self._examples.theta).values())
+        like = None
+        if not self.risk.collective.alone:
+            with torch.inference_mode(False):
+                like = list(zeros(self._params).values())
         sums = self.risk.sum_over_data(
             lambda batch: self._batch(batch, counter), "GGN diagonal", like=like
         )
-        pairs = zip(self.risk.params.items(), sums, strict=True)
+        pairs = zip(self._params.items(), sums, strict=True)
         with torch.inference_mode(False):
             return {name: total.to(p.dtype) for (name, p), total in pairs}
 
-    # ---- one batch -------------------------------------------------------------------------------
+    @property
+    def _params(self) -> dict[str, Tensor]:
+        """The parameters whose entries are computed."""
+        return {name: self.risk.params[name] for name in self._names}
+
     def _batch(self, batch: Batch, counter: TermCounter) -> tuple[list[Tensor], Tensor | float]:
         """Return the diagonal summed over a batch's loss terms, and the loss's normalizer."""
-        watch = Watch()
-        with self.risk.watching(), watch:
-            f = self.risk.evaluate(batch.X)
-        F, targets = self.loss.terms(f, batch.y)  # [m, C]
-        first_term = counter.advance(len(F))
-        key = batch.n, _structure(batch.X), _structure(batch.y)
-        if key not in self._plans:
-            self._plans[key] = self._plan(batch, f, F, watch)
-        plan = self._plans[key]
-        while True:
-            self._settle(plan, batch, f)
-            self._warn(plan)
-            if plan.way == TOGETHER:
-                squares = self._together(plan, batch, first_term)
-                break
-            try:
-                squares = self._separately(plan, batch, f, F, targets, first_term)
-                break
-            except Exception as error:  # whatever a model does with its examples alone
-                plan.give_up(error)
-        total = [t / (self.mc_samples or 1) for t in squares.total.values()]
+        squares: dict[str, Tensor] = {}
+        found = None
+        if self._layers is not None:
+            found = self._layers.squares(batch, counter.position)
+        if found is not None:
+            squares, F, targets = found
+        rest = tuple(name for name in self._names if name not in squares)
+        if rest:
+            added, F, targets = self._by_examples(rest).squares(batch, counter.position)
+            squares = squares | added
+        counter.advance(len(F))
+        total = [squares[name] for name in self._names]
+        if self.mc_samples > 1:
+            total = [t / self.mc_samples for t in total]
         return total, self.loss.normalizer(F, targets, batch.n)
 
-    def _plan(self, batch: Batch, f: Tensor, F: Tensor, watch: Watch) -> _Plan:
-        """Plan for batches of this one's structure."""
-        params = self._examples.theta.values()
-        size = sum(p.numel() for p in params)
-        eps = max(watch.eps, *(torch.finfo(t.dtype).eps for t in (f, *params)))
-        n, at_once = batch.n, self._vectors_at_once(F)
-        plan = _Plan(
-            tolerance=eps**0.5,
-            chunk=self._chunk(size, f.numel() // n, watch.largest // n),
-            whole_chunk=self._chunk(size, f.numel(), watch.largest),
-        )
-        if n > 1:
-            plan.order = _order_of_entries(self.loss, batch, f, F)
-            if plan.order is None:
-                plan.reason = "the loss terms are not those of single examples"
-                return plan
-            plan.ways.insert(0, ONE_BY_ONE)
-            plan.width = plan.chunk // max(1, at_once * len(F) // n)
-            if plan.width > 1:
-                plan.ways.insert(0, VECTORIZED)
-        return plan
+    def _by_examples(self, names: tuple[str, ...]) -> ExamplesDiagonal:
+        """Return what computes the diagonal for any parameters."""
+        if names not in self._examples:
+            self._examples[names] = ExamplesDiagonal(
+                self.risk, names, self._vectors, self._chunk_size, self._warn
+            )
+        return self._examples[names]
 
-    def _settle(self, plan: _Plan, batch: Batch, f: Tensor) -> None:
-        """Give up ways until one works for this batch, unless one was found to work before."""
-        while not plan.verified and plan.way != TOGETHER:
-            try:
-                self._verify(plan, batch, f)
-                plan.verified = True
-            except Exception as error:
-                plan.give_up(error)
-
-    def _chunk(self, *sizes: int) -> int:
-        """Return how many gradients are held at once, if each comes with tensors of these sizes."""
-        return self._chunk_size or max(1, self._entries // max(sizes))
-
-    def _verify(self, plan: _Plan, batch: Batch, f: Tensor) -> None:
-        """Compare a product with the transposed Jacobian with that of the whole batch.
-
-        Equal predictions are not enough: examples may depend on each other in the derivative alone,
-        for instance through a gate that is zero.
-        """
-        numbers = torch.arange(f.numel(), device=f.device, dtype=torch.float32)
-        u = numbers.square().cos().to(f.dtype).reshape(f.shape)  # irregular
-        expected = self._examples.pull_back(*self._examples.graph(batch.X), u.unsqueeze(0))
-        actual = _zeros(self._examples.theta)
-        U = u.reshape(batch.n, 1, -1)
-        for gradients in self._gradients(plan, batch, f, lambda rows: iter([U[rows]])):
-            for name, g in gradients.items():
-                actual[name] += g.to(actual[name].dtype).sum((0, 1))
-        references = _zeros(self._examples.theta) | {
-            name: g[0].to(actual[name].dtype) for name, g in expected.items()
-        }
-        scale = sum(float(g.norm()) for g in references.values())
-        for name, g in actual.items():
-            # There is nothing but rounding errors where a parameter does not matter.
-            absolute = plan.tolerance**1.5 * scale
-            what = f"gradient for {name!r}"
-            check_same(what, g, references[name], plan.tolerance, absolute)
-
-    def _separately(
-        self, plan: _Plan, batch: Batch, f: Tensor, F: Tensor, targets: Any, first_term: int
-    ) -> _Squares:
-        """Sum squares, with the model evaluated on single examples."""
-        m, C = F.shape
-        squares = _Squares(self._examples.theta)
-        for vectors in self._vectors(F, targets, first_term):
-            V = vectors.reshape(-1, batch.n, m // batch.n, C).movedim(0, 1)  # [n, V, R, C]
-
-            def cotangents(rows: slice, V: Tensor = V) -> Iterator[Tensor]:
-                for U in _one_term_each(V[rows], plan.chunk):  # [E, k, R, C]
-                    yield U.flatten(-2)[..., plan.order]
-
-            for gradients in self._gradients(plan, batch, f, cotangents):
-                squares.add(gradients, 2)
-        return squares
-
-    def _together(self, plan: _Plan, batch: Batch, first_term: int) -> _Squares:
-        """Sum squares, with one loss term after the other in the graph of the whole batch."""
-        squares = _Squares(self._examples.theta)
-        prediction, leaves = self._examples.graph(batch.X)
-        F, targets = self.loss.terms(prediction, batch.y)
-        for vectors in self._vectors(F.detach(), targets, first_term):
-            for U in _one_term_each(vectors, plan.whole_chunk):  # [k, m, C]
-                squares.add(self._examples.pull_back(F, leaves, U), 1)
-        return squares
-
-    def _gradients(
-        self, plan: _Plan, batch: Batch, f: Tensor, cotangents: Cotangents
-    ) -> Iterator[dict[str, Tensor]]:
-        """Yield gradients for cotangents of single examples in the plan's way."""
-        flat = f.reshape(batch.n, -1)  # [n, P]
-        if plan.way == ONE_BY_ONE:
-            return self._examples.one_by_one(batch, flat, plan.tolerance, cotangents)
-        return self._examples.vectorized(batch, flat, plan.tolerance, plan.width, cotangents)
-
-    def _warn(self, plan: _Plan) -> None:
-        """Warn once if batches are not treated in the best way."""
-        if plan.reason is None or self._warned:
-            return
-        self._warned = True
-        how = {
-            ONE_BY_ONE: "Examples cannot be differentiated all at once, but one after the other",
-            TOGETHER: "Examples cannot be differentiated on their own, but only each loss term in "
-            "its whole batch",
-        }
-        warnings.warn(
-            f"{how[plan.way]}: the diagonal of the GGN takes longer, its values are right. "
-            f"The reason: {plan.reason}.",
-            stacklevel=2,
-        )
-
-    # ---- loss vectors ----------------------------------------------------------------------------
-    def _vectors(self, F: Tensor, targets: Any, first_term: int) -> Iterator[Tensor]:
-        """Yield ``[V, m, C]``, whose second moments add up to the loss terms' Hessians."""
-        m, C = F.shape
-        width = self._vectors_at_once(F)
-        if not self.mc_samples:
-            num_columns = self.loss.num_columns(C)
-            for start in range(0, num_columns, width):
-                columns = slice(start, min(start + width, num_columns))
-                yield self.loss.root_columns(F, targets, columns)
-            return
-        draws = self.loss.draws(C)
-        uniforms = self._random.uniforms("samples", first_term, m, self.mc_samples * draws)
-        for sample in uniforms.reshape(m, self.mc_samples, draws).split(width, dim=1):
-            yield self.loss.sample(F, targets, sample)  # the sum is divided by mc_samples
-
-    def _vectors_at_once(self, F: Tensor) -> int:
-        """Return how many loss vectors ``[m, C]`` are made at once."""
-        num_vectors = self.mc_samples or self.loss.num_columns(F.shape[1])
-        return max(1, min(num_vectors, self._entries // max(1, F.numel())))
-
-    @property
-    def _entries(self) -> int:
-        """The number of entries that are held at once."""
-        return _ENTRIES_CPU if self.risk.device.type == "cpu" else _ENTRIES
-
-
-@dataclass
-class _Plan:
-    """How to treat batches of one structure.
-
-    Attributes:
-        tolerance: Relative tolerance for what must be the same in single examples and batches.
-        chunk: Number of gradients at once if examples are treated on their own.
-        whole_chunk: The same if they are not.
-        ways: What is left to try, best first.
-        order: For each entry of an example's prediction, its place among the entries of the
-            example's loss terms.
-        width: Number of examples at once that are vectorised over.
-        verified: Whether the present way was compared with the batch's gradient.
-        reason: Why better ways were given up.
-    """
-
-    tolerance: float
-    chunk: int
-    whole_chunk: int
-    ways: list[str] = field(default_factory=lambda: [TOGETHER])
-    order: Tensor | None = None
-    width: int = 1
-    verified: bool = False
-    reason: str | None = None
-
-    @property
-    def way(self) -> str:
-        """The present way."""
-        return self.ways[0]
-
-    def give_up(self, error: Exception) -> None:
-        """Go on to the next way."""
-        del self.ways[0]
-        self.verified = False
-        text = shorten(str(error), 200, placeholder=" ...").rstrip(".")
-        dependent = isinstance(error, DependentError)
-        self.reason = text if dependent else f"{type(error).__name__}: {text}"
-
-
-class _Squares:
-    """Sums of squares of gradients, in float32 at least."""
-
-    def __init__(self, params: dict[str, Tensor]) -> None:
-        self.total = _zeros(params)
-
-    def add(self, gradients: dict[str, Tensor], num_axes: int) -> None:
-        """Add the squares of gradients ``[..., *shape]`` with leading axes; empty the dict."""
-        for name, total in self.total.items():
-            if name in gradients:
-                g = gradients.pop(name).to(total.dtype)
-                total += g.square().sum(tuple(range(num_axes)))
-
-
-def _zeros(params: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return zeros to sum in, of float32 at least."""
-    return {
-        name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
-        for name, p in params.items()
-    }
-
-
-def _one_term_each(vectors: Tensor, chunk: int) -> Iterator[Tensor]:
-    """Split loss vectors ``[..., V, T, C]`` into ``[..., k, T, C]`` with one of T terms each."""
-    T, C = vectors.shape[-2:]
-    flat = vectors.flatten(-3, -2)  # [..., V T, C]
-    if T == 1:
-        yield from (part.unsqueeze(-2) for part in flat.split(chunk, dim=-2))
-        return
-    for start in range(0, flat.shape[-2], chunk):
-        part = flat[..., start : start + chunk, :]
-        k = torch.arange(part.shape[-2], device=flat.device)
-        result = part.new_zeros(*part.shape[:-1], T, C)
-        result[..., k, (start + k) % T, :] = part
-        yield result
-
-
-def _order_of_entries(loss: Loss, batch: Batch, f: Tensor, F: Tensor) -> Tensor | None:
-    """Return where each entry of an example's prediction is among the entries of its loss terms.
-
-    None if loss terms ``[m, C]`` are something else than the examples' predictions in some order.
-    """
-    n, device = batch.n, f.device
-    if f.numel() != F.numel() or f.numel() % n or len(F) % n:
-        return None
-    # PyTorch has no float64 on Apple's GPUs; what float32 cannot count does not pass the last test.
-    exact = torch.float32 if device.type == "mps" else torch.float64
-    numbers = torch.arange(f.numel(), device=device, dtype=exact).reshape(f.shape)
-    places = loss.terms(numbers, batch.y)[0].detach().long().reshape(n, -1)  # [n, P]
-    P = places.shape[1]
-    places = places - P * torch.arange(n, device=device).unsqueeze(-1)
-    found, order = places[0].sort()
-    if not torch.equal(found, torch.arange(P, device=device)) or (places != places[0]).any():
-        return None
-    entries = f.detach().reshape(n, P)[:, places[0]].reshape(F.shape)
-    same = torch.isclose(entries, F.detach(), rtol=0.0, atol=0.0, equal_nan=True)
-    return order if bool(same.all()) else None
-
-
-def _structure(value: Any) -> Any:
-    """Return the shapes and dtypes of all tensors in nested containers."""
-    if isinstance(value, Tensor):
-        return tuple(value.shape), value.dtype
-    if isinstance(value, Mapping):
-        return tuple((key, _structure(value[key])) for key in value)
-    return tuple(map(_structure, value)) if isinstance(value, (list, tuple)) else None
+    def _warn(self, message: str) -> None:
+        """Warn once."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(message, stacklevel=2)

@@ -101,6 +101,8 @@ class HooksCollector:
             )
         index = self.calls.get(usage, 0)
         self.calls[usage] = index + 1
+        if self._arrangements.refuses(usage, index):
+            return output
         n, form = self._n, usage.format
         with torch.no_grad(), _unseen():
             where = self._arrangements.of(usage, index, x.detach(), n)

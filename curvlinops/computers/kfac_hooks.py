@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -12,22 +12,20 @@ from torch import Tensor, nn
 from curvlinops.computers._base import Increment, KFACComputer, Statistic
 from curvlinops.computers.events import Sums
 from curvlinops.computers.hooks import HooksCollector
+from curvlinops.computers.hooks_looking import HooksLooking
 from curvlinops.computers.training_step import TrainingStep
-from curvlinops.computers.usages import Usage
 from curvlinops.computers.vectors import check_terms
 from curvlinops.risk import Batch
 
 S = TypeVar("S", bound=Sums)
 
 
-class HooksKFACComputer(KFACComputer):
+class HooksKFACComputer(HooksLooking, KFACComputer):
     """Computes KFAC's factors layer by layer, with hooks on an ``nn.Module``.
 
     Inputs are turned into their second moment in the forward pass, output gradients in the backward
     pass, as soon as they exist; none is kept, and no gradient of a weight is computed.
     """
-
-    _gathered: dict[str, Tensor] | None = None
 
     def _check_model(self, model_func: Any) -> None:
         """Raise if the backend cannot run the model."""
@@ -38,42 +36,6 @@ class HooksKFACComputer(KFACComputer):
                 "backend='make_fx'."
             )
 
-    def _observe(self, X: Any, n: int, on_call: Any) -> tuple[Tensor, Iterable[Usage], Any]:
-        """Evaluate the model; see the base class."""
-        collector = HooksCollector(self._arrangements, on_call)
-        prediction = self._listen(collector, X, n)
-        return prediction.detach(), collector.calls, {**collector.other_uses, **self._scripted()}
-
-    def _scripted(self) -> dict[str, str]:
-        """Return the parameters of scripted modules, whose functions cannot be seen."""
-        assert self.risk.model is not None
-        owners = {
-            id(p): type(layer).__name__
-            for layer in self.risk.model.modules()
-            if isinstance(layer, torch.jit.ScriptModule)
-            for p in layer.parameters()
-        }
-        tensors = dict(self.risk.model.named_parameters(remove_duplicate=False))
-        return {
-            name: f"used by {owners[id(tensors[name])]}"
-            for name in self.risk.params
-            if id(tensors[name]) in owners
-        }
-
-    def _listen(self, collector: HooksCollector, X: Any, n: int) -> Tensor:
-        """Evaluate the model while a collector listens."""
-        params = {name: p.detach() for name, p in self.risk.params.items()}
-        with self.risk.watching(), collector.listening(self._seen_as(params), n):
-            return self.risk.predict(params, X)
-
-    def _seen_as(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors that layers see in place of parameters."""
-        if not self.risk.sharded:
-            return params
-        if self._gathered is None:
-            self._gathered = self.risk.unsharded()
-        return self._gathered
-
     def _run(self, statistic: Statistic, batch: Batch) -> tuple[Tensor, HooksCollector]:
         """Evaluate the model on a batch; see the base class."""
         collector = HooksCollector(
@@ -82,9 +44,7 @@ class HooksKFACComputer(KFACComputer):
             on_gradient=statistic.on_gradient,
             unviews=not self.risk.sharded,  # FSDP has hooks on outputs
         )
-        prediction = self._listen(collector, batch.X, batch.n)
-        collector.other_uses |= self._scripted()
-        return prediction, collector
+        return self._listen(collector, batch.X, batch.n, self._constants()), collector
 
     @contextmanager
     def step(

@@ -126,6 +126,7 @@ class Looking:
         except Exception:  # whatever a model does with another shape
             same = False
         if not same:
+            self._arrangements.refuse(shared)
             parts = [part for usage, _ in shared for part in (usage.weight, usage.bias)]
             reason = "its layer's input is the same for all examples"
             self._note([], {part.name: reason for part in parts if part is not None})

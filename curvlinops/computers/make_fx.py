@@ -107,6 +107,8 @@ class MakeFxCollector:
         """A layer was called; return its output."""
         index = self.calls.get(usage, 0)
         self.calls[usage] = index + 1
+        if self._arrangements.refuses(usage, index):
+            return output
         n, form = self._n, usage.format
         where = self._arrangements.of(usage, index, x.detach(), n)
         with torch.no_grad():

@@ -323,18 +323,20 @@ def test_compile(two: Ranks) -> None:
 
 
 class Brittle(nn.Module):
-    """Fails in a certain call on a certain rank."""
+    """Fails in a certain call on a certain rank, and later ones if that is lasting."""
 
     def __init__(self, net: nn.Module, rank: int) -> None:
         super().__init__()
         self.net = net
         self.rank = rank
         self.calls_left = -1
+        self.lasting = False
         self.error: type[Exception] = ArithmeticError
 
     def forward(self, X: Tensor) -> Tensor:
         self.calls_left -= 1
-        if self.calls_left == 0 and dist.get_rank() == self.rank:
+        fails = self.calls_left <= 0 if self.lasting else self.calls_left == 0
+        if fails and dist.get_rank() == self.rank:
             raise self.error("planted")
         return self.net(X)
 
@@ -422,7 +424,7 @@ def build(problem: str) -> None:
     if problem == "diagonal":
         cls = GGNDiagonalLinearOperator
         case.model = Brittle(case.model, 1)
-        case.model.calls_left = 3
+        case.model.calls_left, case.model.lasting = 3, True
         changes["check_deterministic"] = False
     if problem == "empty":
         changes["data"] = []

@@ -170,7 +170,8 @@ def test_at_most_so_many_at_once(
     entries = max(A.risk.likely_traits.entries, sum(p.numel() for p in problem.params.values()))
     limits = {entries: 1, 2 * entries: 2, 7 * entries: 7, 9 * entries: 7}
     for number, limit in limits.items():
-        monkeypatch.setattr("curvlinops.linearization._ENTRIES", number)
+        of_devices = dict.fromkeys(("cpu", "other"), number)
+        monkeypatch.setattr("curvlinops.linearization._ENTRIES", of_devices)
         sizes.clear()
         A @ rand(A.shape[1], 7)
         # the first column may be done before the others

@@ -43,7 +43,8 @@ from curvlinops import (
     IdentityLinearOperator,
 )
 from curvlinops._random import RandomSource
-from curvlinops.computers import ggn_diagonal as computer_module
+from curvlinops.computers import diagonal_vectors
+from curvlinops.computers.diagonal_by_layers import LayersDiagonal
 from curvlinops.computers.ggn_diagonal import GGNDiagonalComputer
 from curvlinops.computers.per_example import DependentError, check_same
 from curvlinops.risk import loss_entry
@@ -54,6 +55,20 @@ GENERIC = {"sequence_huber", "CE subclass", "L1", "Huber", "Poisson function", "
 ALONE, TOGETHER = "one after the other", "only each loss term in its whole batch"
 #: Problems that cannot be vectorised, and what the warning says.
 SLOW = {"sparse_embedding": ALONE, "user_dict": TOGETHER}
+
+
+@pytest.fixture
+def by_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let gradients of single examples be computed for parameters of supported layers, too."""
+    monkeypatch.setattr(LayersDiagonal, "squares", lambda *_: None)
+
+
+@pytest.fixture(params=["by layers", "by examples"])
+def either_way(request: pytest.FixtureRequest) -> bool:
+    """Run a test in both ways; return whether it is that of layers."""
+    if request.param == "by examples":
+        request.getfixturevalue("by_examples")
+    return request.param == "by layers"
 
 
 def build(problem: Problem, reduction: str = "mean", **options: Any) -> Any:
@@ -74,11 +89,10 @@ def slow_diagonal(problem: Problem, says: str, reduction: str = "mean", **option
 
 
 # ---- the exact diagonal ------------------------------------------------------------------------
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("name", sorted(PROBLEMS.keys() - GENERIC))
-def test_equals_autodiff(name: str, reduction: str) -> None:
-    problem = PROBLEMS[name]()
-    if name in SLOW:
+def test_equals_autodiff(name: str, either_way: bool) -> None:
+    problem, reduction = PROBLEMS[name](), "sum" if either_way else "mean"
+    if name in SLOW and not either_way:
         actual = slow_diagonal(problem, SLOW[name], reduction)
     else:
         actual = diagonal(problem, reduction)
@@ -93,6 +107,7 @@ def test_generic_losses_are_refused(name: str) -> None:
     assert str(error.value).startswith(loss_entry(problem.loss("mean"))[0].name)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_terms_count_on_their_own() -> None:
     # squares of sums over the terms of an example would be something else
     problem = PROBLEMS["sequence_mse"]()
@@ -105,6 +120,7 @@ def test_terms_count_on_their_own() -> None:
 
 
 @pytest.mark.parametrize("name", ["cnn", "pixels", "sequence_cross_entropy", "tied_embedding"])
+@pytest.mark.usefixtures("either_way")
 def test_batching_and_chunks_do_not_matter(name: str) -> None:
     problem = PROBLEMS[name]()
     problem.data = problem.data[2:] if "e" in name else problem.data  # of one length
@@ -118,6 +134,7 @@ def test_batching_and_chunks_do_not_matter(name: str) -> None:
     assert_close(diagonal(problem, data=loader), expected, 1e-13)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_padding_is_constant() -> None:
     D = build(PROBLEMS["embedding"]())
     assert not D.tensors()[0][1].any()
@@ -136,6 +153,7 @@ def test_shapes_names_and_dtype() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["mlp_mse", "cnn", "batch_norm", "CE all options"])
+@pytest.mark.usefixtures("either_way")
 def test_low_precision(name: str, dtype: torch.dtype) -> None:
     problem = PROBLEMS[name]()
     expected = problem.ggn().diagonal()
@@ -150,6 +168,7 @@ def test_low_precision(name: str, dtype: torch.dtype) -> None:
         assert_close(D.diagonal(), expected, 1e-5 if dtype is torch.float32 else 0.05)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_half_precision_adds_up_in_single_precision() -> None:
     # equal squares: a sum in bfloat16 would stop at 256 of them
     model = nn.Linear(1, 1, bias=False).bfloat16()
@@ -167,6 +186,7 @@ def test_half_precision_adds_up_in_single_precision() -> None:
         assert abs(D.diagonal().item() / 600 - 1) < 0.01
 
 
+@pytest.mark.usefixtures("either_way")
 def test_squares_do_not_overflow_in_half_precision() -> None:
     net = nn.Linear(1, 1, bias=False).half()
     X = torch.zeros(600, 1).half()
@@ -200,6 +220,7 @@ def monte_carlo(problem: Problem, S: int, seed: int = 2147483647) -> Tensor:
 @pytest.mark.parametrize(
     "name", ["mlp_mse", "one_dimensional_output", "sequence_cross_entropy", "mapping", "tied"]
 )
+@pytest.mark.usefixtures("either_way")
 def test_monte_carlo_is_that_of_the_documented_samples(name: str) -> None:
     problem = PROBLEMS[name]()
     normalizer = diagonal(problem, "sum").sum() / diagonal(problem).sum()
@@ -212,6 +233,7 @@ def test_monte_carlo_is_that_of_the_documented_samples(name: str) -> None:
         assert (other - expected).norm() > 1e-3 * expected.norm()
 
 
+@pytest.mark.usefixtures("by_examples")  # which is faster for many samples of a small model
 @pytest.mark.parametrize("name", ["mlp_mse", "CE all options", "BCE options"])
 def test_monte_carlo_converges(name: str) -> None:
     problem = PROBLEMS[name]()
@@ -224,6 +246,7 @@ def test_monte_carlo_converges(name: str) -> None:
     assert errors[1] < 0.15 * exact.norm()
 
 
+@pytest.mark.usefixtures("either_way")
 def test_monte_carlo_does_not_depend_on_batches_and_chunks() -> None:
     problem = PROBLEMS["pixels"]()
     X, y = (torch.cat(tensors) for tensors in zip(*problem.data, strict=True))
@@ -303,6 +326,7 @@ def pairs(count: int = 3) -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.mark.parametrize("chunk_size", [None, 1, 5, 6])
+@pytest.mark.usefixtures("by_examples")
 def test_old_custom_functions(chunk_size: int | None) -> None:
     slow = model(lambda self, x: OldFunction.apply(self.net(x)))
     problem = Problem(slow, cross_entropy, pairs())
@@ -321,6 +345,7 @@ def test_old_custom_functions(chunk_size: int | None) -> None:
     assert_close(actual, expected.diagonal(), 1e-13)
 
 
+@pytest.mark.usefixtures("by_examples")
 def test_control_flow() -> None:
     problem = Problem(model(steep), cross_entropy, [(X[:1], y[:1]) for X, y in pairs()])
     expected = problem.ggn().diagonal()
@@ -340,6 +365,7 @@ def test_control_flow() -> None:
 
 @pytest.mark.parametrize("mc_samples", [0, 2])
 @pytest.mark.parametrize("function", [centred, gated, sorted_examples, standardized, picky])
+@pytest.mark.usefixtures("by_examples")
 def test_dependent_examples(function: Callable[..., Tensor], mc_samples: int) -> None:
     net = model(function, gate=nn.Linear(1, 1, bias=False))
     nn.init.zeros_(net.gate.weight)
@@ -351,6 +377,7 @@ def test_dependent_examples(function: Callable[..., Tensor], mc_samples: int) ->
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-6])
+@pytest.mark.usefixtures("either_way")
 def test_dependence_in_the_derivative_alone(size: float) -> None:
     def forward(self: Any, x: Tensor) -> Tensor:
         h = self.net(x)
@@ -366,16 +393,18 @@ def test_dependence_in_the_derivative_alone(size: float) -> None:
     assert_close(entry["gate.weight"], expected, 1e-13)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_rounding_errors_are_no_dependence() -> None:
     # the prediction does not depend on the shift: its gradient is nothing but rounding errors
     net = model(
-        lambda self, x: (self.net(x) + self.shift.weight[0, 0]).softmax(-1),
+        lambda self, x: (self.net(x) + self.shift.weight[0, 0].exp()).softmax(-1),
         shift=nn.Linear(1, 1, bias=False),
     )
     problem = Problem(net, mse, vectors(rand, C))
     assert_close(diagonal(problem), problem.ggn().diagonal(), 1e-13)
 
 
+@pytest.mark.usefixtures("by_examples")
 def test_tolerance_is_that_of_the_coarsest_numbers() -> None:
     # as if rounded to bfloat16 in another way if there is one example
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -388,6 +417,7 @@ def test_tolerance_is_that_of_the_coarsest_numbers() -> None:
     assert_close(slow_diagonal(problem, TOGETHER), problem.ggn().diagonal(), 1e-13)
 
 
+@pytest.mark.usefixtures("by_examples")
 def test_parameters_that_some_examples_do_not_use() -> None:
     problem = Problem(
         model(lambda self, x: self.net(x) + self.extra(x) * (x > 0), extra=nn.Linear(3, 3)),
@@ -408,6 +438,7 @@ def test_parameters_that_some_examples_do_not_use() -> None:
     assert not diagonal(constant).any()
 
 
+@pytest.mark.usefixtures("by_examples")
 def test_one_warning_for_all_batches() -> None:
     data = [(rand(n, s, 3), classes(n, s)) for n, s in ((2, 3), (3, 2), (2, 3), (4, 1))]
     net = Apply(lambda self, x: self.net(x - x.mean(0)).transpose(1, 2), net=mlp())
@@ -415,6 +446,7 @@ def test_one_warning_for_all_batches() -> None:
     assert_close(slow_diagonal(problem, TOGETHER), problem.ggn().diagonal(), 1e-13)
 
 
+@pytest.mark.usefixtures("by_examples")
 def test_each_structure_is_verified_once() -> None:
     calls: list[int] = []
 
@@ -432,6 +464,7 @@ def test_each_structure_is_verified_once() -> None:
     assert calls == [1, 1]
 
 
+@pytest.mark.usefixtures("by_examples")
 def test_batches_that_turn_out_to_be_dependent() -> None:
     # the shapes are the same, but only the second batch mixes its examples
     def mixing(self: Any, x: Tensor) -> Tensor:
@@ -444,6 +477,7 @@ def test_batches_that_turn_out_to_be_dependent() -> None:
     assert_close(actual, problem.ggn().diagonal(), 1e-13)
 
 
+@pytest.mark.usefixtures("by_examples")
 def test_terms_that_are_not_those_of_examples() -> None:
     # two examples make one loss term
     data = [(rand(n, 3), classes(n // 2)) for n in (2, 4)]
@@ -471,6 +505,7 @@ def bent(f: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("rearrange", [scaled, odd_ones_flipped, examples_swapped, bent])
+@pytest.mark.usefixtures("by_examples")
 def test_losses_that_do_more_than_flatten(
     monkeypatch: pytest.MonkeyPatch, rearrange: Callable[[Tensor], Tensor]
 ) -> None:
@@ -498,6 +533,7 @@ def test_comparisons_do_not_overflow() -> None:
         check_same("prediction", a / 2, a, 1e-3)
 
 
+@pytest.mark.usefixtures("by_examples")
 def test_each_way_is_verified() -> None:
     calls: list[int] = []
 
@@ -515,6 +551,7 @@ def test_each_way_is_verified() -> None:
     assert_close(actual, problem.ggn().diagonal(), 1e-13)
 
 
+@pytest.mark.usefixtures("by_examples")
 def test_random_models_are_one_function_per_batch() -> None:
     problem = Problem(
         model(lambda self, x: self.net(x) * (1 + 4 * torch.randint(2, ()))), cross_entropy, pairs(1)
@@ -545,6 +582,7 @@ def test_functions_without_batching_rule_do_not_warn() -> None:
     assert_close(actual, Problem(net.double(), mse, data).ggn().diagonal(), 1e-5)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_inputs_in_nested_mappings() -> None:
     def forward(self: Any, X: Any) -> Tensor:
         a, (b, shift), extra = X["a"], X["b"], X.pop("extra")
@@ -579,6 +617,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dependent", [False, True])
 @pytest.mark.parametrize("mc_samples", [0, 1])
+@pytest.mark.usefixtures("by_examples")
 def test_memory_does_not_grow(
     monkeypatch: pytest.MonkeyPatch, dependent: bool, mc_samples: int
 ) -> None:
@@ -598,15 +637,16 @@ def test_memory_does_not_grow(
     assert largest(8, 20, chunk_size=2) <= max(2 * 40 * 20, 8 * 20 * 20)  # the loss vectors
     assert largest(8, 40, chunk_size=2) <= 8 * 40 * 40
     # by default it is the number of entries that counts
-    monkeypatch.setattr(computer_module, "_ENTRIES_CPU", 5000)
+    monkeypatch.setattr(diagonal_vectors, "_ENTRIES_CPU", 5000)
     for n, outputs in ((20, 10), (60, 10), (20, 20)):
         assert 1000 < largest(n, outputs) <= 5000
 
 
 @pytest.mark.parametrize("dependent", [False, True])
+@pytest.mark.usefixtures("by_examples")
 def test_memory_of_large_activations(monkeypatch: pytest.MonkeyPatch, dependent: bool) -> None:
     # few parameters, but each gradient comes with tensors of 1000 entries for each example
-    monkeypatch.setattr(computer_module, "_ENTRIES_CPU", 40_000)
+    monkeypatch.setattr(diagonal_vectors, "_ENTRIES_CPU", 40_000)
     calls = []
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -709,6 +749,7 @@ def test_is_independent_of_model_and_data() -> None:
     assert torch.equal(D.diagonal(), before)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_verification_in_half_precision() -> None:
     # a sum over 800 examples in bfloat16 would look like a difference
     net = nn.Linear(2, C).bfloat16()
@@ -723,18 +764,19 @@ def test_verification_in_half_precision() -> None:
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", ["mlp_mse", "sparse_embedding", "one_dimensional_output"])
-def test_without_gradients(name: str, context: Any) -> None:
-    problem = PROBLEMS[name]()
+def test_without_gradients(name: str, context: Any, either_way: bool) -> None:
+    problem, slow = PROBLEMS[name](), name in SLOW and not either_way
     with context():
         problem.data = [(X.clone(), y.clone()) for X, y in problem.data]
         problem.params = {name: p.clone() for name, p in problem.params.items()}
-        D = slow_diagonal(problem, ALONE) if name in SLOW else build(problem).diagonal()
-        entries = DiagonalLinearOperator([D]) if name in SLOW else build(problem)
+        D = slow_diagonal(problem, ALONE) if slow else build(problem).diagonal()
+        entries = DiagonalLinearOperator([D]) if slow else build(problem)
     assert_close(D, problem.ggn().diagonal())
-    if name not in SLOW:
+    if not slow:
         assert not any(t.is_inference() or t.requires_grad for t in entries.tensors())
 
 
+@pytest.mark.usefixtures("either_way")
 def test_half_precision_in_inference_mode() -> None:
     net = nn.Linear(2, C).bfloat16()
     with torch.inference_mode():
@@ -755,6 +797,7 @@ def state(model: nn.Module) -> Any:
 
 @pytest.mark.parametrize("function", [lambda self, x: self.net(x), centred, steep])
 @pytest.mark.parametrize("fails_at", [None, 1, 3, 4, 6])
+@pytest.mark.usefixtures("either_way")
 def test_model_is_left_as_found(function: Callable[..., Tensor], fails_at: int | None) -> None:
     calls = []
 
@@ -779,6 +822,7 @@ def test_model_is_left_as_found(function: Callable[..., Tensor], fails_at: int |
     assert state(net) == before
 
 
+@pytest.mark.usefixtures("by_examples")
 def test_batch_norm_in_training_mode() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, C)).double().train()
     problem = Problem(net, cross_entropy, pairs())
@@ -824,6 +868,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.usefixtures("either_way")
 def test_values_that_are_not_finite(value: float, n: int) -> None:
     net = mlp()
     with torch.no_grad():
@@ -834,6 +879,7 @@ def test_values_that_are_not_finite(value: float, n: int) -> None:
         build(problem, check_deterministic=False)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_overflow_names_the_parameter() -> None:
     net = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1, bias=False))
     with torch.no_grad():
@@ -854,6 +900,7 @@ def test_forbidden_embedding() -> None:
         build(problem, check_deterministic=False)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_a_bce_of_many_options() -> None:
     # options broadcast over the examples of a batch
     data = [(rand(2, 4, 3), unit(2, 4, C)), (rand(2, 4, 3), unit(2, 4, C))]
@@ -867,6 +914,7 @@ def test_a_bce_of_many_options() -> None:
     assert_close(diagonal(problem), problem.ggn().diagonal(), 1e-13)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_ignored_batches() -> None:
     problem = Problem(
         Apply(lambda self, x: self.net(x).transpose(1, 2), net=mlp()),
@@ -878,10 +926,11 @@ def test_ignored_batches() -> None:
     assert_close(diagonal(problem, "sum", mc_samples=2), monte_carlo(problem, 2), 1e-13)
 
 
+@pytest.mark.usefixtures("either_way")
 def test_vectors_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(mlp(7), mse, vectors(rand, 7))
     expected, sampled = problem.ggn().diagonal(), monte_carlo(problem, 5)
     for entries in (1, 60, 150):
-        monkeypatch.setattr(computer_module, "_ENTRIES_CPU", entries)
+        monkeypatch.setattr(diagonal_vectors, "_ENTRIES_CPU", entries)
         assert_close(diagonal(problem), expected, 1e-13)
         assert_close(diagonal(problem, "sum", mc_samples=5), sampled, 1e-13)

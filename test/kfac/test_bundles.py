@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from layer_cases import LAYER_CASES, layer_setup
+from layer_cases import layer_setup
 from torch import Tensor
 
 from curvlinops import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
