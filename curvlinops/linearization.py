@@ -328,6 +328,7 @@ class Differentiator:
 
         _, multiply, aux = vjp(evaluate, theta, self._func)
         self._check_once_differentiable()
+        self._check_third()
         return multiply, aux.detach()
 
     def _probe(self, multiply: Callable[[Theta], Any], theta: Theta) -> None:
@@ -421,6 +422,16 @@ class Differentiator:
                 f"The model uses {', '.join(sorted(set(names)))}, whose backward is marked with "
                 "@once_differentiable: it cannot be differentiated again. Write it without the "
                 "decorator, of operations that can."
+            )
+
+    def _check_third(self) -> None:
+        """Raise if third derivatives would be wrong."""
+        names = sorted(set(self._risk.likely_traits.wrong_third))
+        if names:
+            raise _UnsupportedError(
+                f"The model differentiates {', '.join(names)}, whose third derivatives, which the "
+                "Hessian needs, PyTorch computes wrongly. Write it of simpler operations, for "
+                "instance (x - x.mean()) / x.std(); or use the GGN."
             )
 
     def _check_twice(self) -> None:

@@ -53,6 +53,8 @@ class ModelTraits:
             and once only.
         once_differentiable: Names of custom functions that forbid second derivatives. PyTorch often
             takes their first derivative for a constant, without an error.
+        wrong_third: Names of functions that the model differentiates, and whose third derivatives
+            PyTorch computes wrongly: the statistics count as constants there.
         eps: The coarsest machine epsilon among the floating point numbers that were computed.
         entries: The number of floating point numbers that were computed.
         random: Whether torch's global random generator was used; set by
@@ -66,6 +68,7 @@ class ModelTraits:
     weight_norm: bool = False
     attention: bool = False
     once_differentiable: list[str] = field(default_factory=list)
+    wrong_third: list[str] = field(default_factory=list)
     eps: float = 0.0
     entries: int = 0
     random: bool = False
@@ -286,6 +289,7 @@ class FunctionalModel:
         with torch.enable_grad(), watch:
             prediction = self.predict(params, X)
         watch.traits.once_differentiable += _once_differentiable_nodes(prediction.grad_fn)
+        watch.traits.wrong_third += _wrong_third_nodes(prediction.grad_fn)
         prediction = prediction.detach()
         states = zip(before, self._generator_states(), strict=True)
         watch.traits.random = any(not torch.equal(a, b) for a, b in states)
@@ -324,6 +328,7 @@ class FunctionalModel:
             self.traits = watch.traits
         names = [*watch.traits.once_differentiable, *_once_differentiable_nodes(outputs[0].grad_fn)]
         self.traits.once_differentiable = sorted(set(names))
+        self.traits.wrong_third += _wrong_third_nodes(outputs[0].grad_fn)
         self.traits.wrong_forward |= watch.traits.wrong_forward
         # Without a graph, as in forward mode alone, custom functions are not seen.
         transforming = torch._C._are_functorch_transforms_active()
@@ -587,15 +592,31 @@ def _is_once_differentiable(function: Any) -> bool:
 
 def _once_differentiable_nodes(root: Any) -> Iterator[str]:
     """Yield the names of custom functions in a graph that forbid second derivatives."""
+    for node in _nodes(root):
+        function: Any = getattr(type(node), "_forward_cls", None)
+        if _is_once_differentiable(function):
+            yield function.__name__
+
+
+def _wrong_third_nodes(root: Any) -> Iterator[str]:
+    """Yield the names of functions whose gradients in a graph have wrong second derivatives."""
+    for node in _nodes(root):
+        kind = type(node).__name__.rstrip("0123456789")
+        if kind == "NativeLayerNormBackwardBackward":
+            yield "layer_norm"
+        elif (kind == "NativeBatchNormBackwardBackward" and node._saved_train) or kind == "CudnnBatchNormBackwardBackward":
+            yield "batch_norm or instance_norm in training mode"
+
+
+def _nodes(root: Any) -> Iterator[Any]:
+    """Yield the nodes of a graph."""
     seen, todo = set(), [root]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        function: Any = getattr(type(node), "_forward_cls", None)
-        if _is_once_differentiable(function):
-            yield function.__name__
+        yield node
         todo.extend(following for following, _ in node.next_functions)
 
 

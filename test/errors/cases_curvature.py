@@ -104,6 +104,13 @@ class UsesOnce(nn.Linear):
         return Once.apply(super().forward(input))
 
 
+class Forces(nn.LayerNorm):
+    """The derivative of an energy that is computed with layer normalisation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: super(Forces, self).forward(x).pow(3).sum())(input)
+
+
 class Bag(nn.EmbeddingBag):
     """A bag of the signs of the input."""
 
@@ -124,6 +131,12 @@ cases(
     "The model uses Once",
     "without the decorator",
     lambda: multiply(HessianLinearOperator, UsesOnce(3, 2)),
+)
+cases(
+    _UnsupportedError,
+    "The model differentiates layer_norm",
+    "Write it of simpler operations",
+    lambda: multiply(HessianLinearOperator, nn.Sequential(nn.Linear(3, 2), Forces(2))),
 )
 cases(
     _UnsupportedError,
