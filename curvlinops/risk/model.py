@@ -604,7 +604,8 @@ def _wrong_third_nodes(root: Any) -> Iterator[str]:
         kind = type(node).__name__.rstrip("0123456789")
         if kind == "NativeLayerNormBackwardBackward":
             yield "layer_norm"
-        elif (kind == "NativeBatchNormBackwardBackward" and node._saved_train) or kind == "CudnnBatchNormBackwardBackward":
+        on_gpu = kind == "CudnnBatchNormBackwardBackward"  # of training mode only
+        if on_gpu or (kind == "NativeBatchNormBackwardBackward" and node._saved_train):
             yield "batch_norm or instance_norm in training mode"
 
 
