@@ -25,11 +25,9 @@ class GGNDiagonalComputer:
 
     The arguments are those of :class:`~curvlinops.GGNDiagonalLinearOperator`, and described there.
 
-    Parameters of supported layers of an ``nn.Module`` are done by
-    :class:`~curvlinops.computers.diagonal_by_layers.LayersDiagonal`, as long as it finds that its
-    results are right. All others are done by
-    :class:`~curvlinops.computers.diagonal_by_examples.ExamplesDiagonal`, which warns if that takes
-    longer than usual.
+    Parameters of supported layers of an ``nn.Module`` are done by ``LayersDiagonal``, as long as it
+    finds that its results are right. All others are done by ``ExamplesDiagonal``, which warns if
+    that takes longer than usual.
 
     Args:
         names: The parameters whose entries are computed. Default: all of them.
