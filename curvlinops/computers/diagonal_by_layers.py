@@ -77,7 +77,6 @@ class LayersDiagonal(HooksLooking):
         self._vectors = vectors
         self._tolerances: dict[Any, float] = {}  # for each structure of batches
         self._given_up: set[Any] = set()
-        self._changed = False  # whether the collector changes what the model predicts
 
     def squares(self, batch: Batch, first_term: int) -> LayerSquares | None:
         """Sum the squares for all loss vectors of a batch; None if that cannot be done here.
@@ -87,7 +86,7 @@ class LayersDiagonal(HooksLooking):
             first_term: Index of its first loss term in the whole data.
         """
         key = structure(batch.X), batch.n > 1
-        if self._changed or key in self._given_up:
+        if key in self._given_up:
             return None
         try:
             if key not in self._tolerances:
@@ -128,12 +127,8 @@ class LayersDiagonal(HooksLooking):
         events = _Events(self)
         prediction = self._listen(events.collector, X, n, params)
         self._note(events.collector.calls, events.collector.other_uses)
-        before = self.diagonal
-        self._verify_shared(batch)
-        if self.diagonal != before:  # the collector goes on with an axis for the examples
-            self._changed = True
-        if self._changed:
-            raise DependentError("a layer's output must be the same for all examples")
+        if self._verify_shared(batch):
+            return self._evaluate(batch, X, n, params)  # which leaves those layers alone
         return events, prediction
 
     def _besides(

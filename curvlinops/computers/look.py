@@ -111,11 +111,15 @@ class Looking:
         if learn:
             self._arrangements.learn(inputs)
 
-    def _verify_shared(self, batch: Batch) -> None:
-        """Refuse layers of inputs without examples if the model cannot do with one for each."""
+    def _verify_shared(self, batch: Batch) -> bool:
+        """Refuse layers of inputs without examples if the model cannot do with one for each.
+
+        Returns:
+            Whether there were some: what was computed with one for each is wrong then.
+        """
         shared = self._arrangements.unverified()
         if not self._any_rank(bool(shared)):
-            return
+            return False
         X, n = first_examples(batch.X, batch.n, 2), min(batch.n, 2)
         try:
             with self._arrangements.ignored():
@@ -130,6 +134,8 @@ class Looking:
             parts = [part for usage, _ in shared for part in (usage.weight, usage.bias)]
             reason = "its layer's input is the same for all examples"
             self._note([], {part.name: reason for part in parts if part is not None})
+            self._outdated = self._recording  # also if they had been refused for another reason
+        return not same
 
     def _note(self, usages: Iterable[Usage], other_uses: dict[str, str]) -> None:
         """Note how the model uses its parameters; raise if that is not supported."""

@@ -33,14 +33,19 @@ class Scaled(nn.Module):
 
 
 class Generated(nn.Module):
-    """A layer whose input is the same for all examples makes a factor of their predictions."""
+    """A layer whose input is the same for all examples makes a factor of their predictions.
 
-    def __init__(self) -> None:
+    Args:
+        otherwise: Whether its parameters are used in another way, too.
+    """
+
+    def __init__(self, otherwise: bool) -> None:
         super().__init__()
-        self.net, self.maker = nn.Linear(3, 2), nn.Linear(2, 4)
+        self.net, self.maker, self.otherwise = nn.Linear(3, 2), nn.Linear(2, 4), otherwise
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) * self.maker(torch.ones(1, 2, dtype=x.dtype)).sum()
+        y = self.net(x) * self.maker(torch.ones(1, 2, dtype=x.dtype)).sum()
+        return y * (self.maker.weight.sum() + self.maker.bias.sum()) if self.otherwise else y
 
 
 def data() -> list[tuple[Tensor, Tensor]]:
@@ -84,10 +89,14 @@ def test_values_of_all_parameters_are_those_given(operator: Any, backend: str):
 
 @each_backend
 @pytest.mark.parametrize("operator", [KFACLinearOperator, EKFACLinearOperator])
-def test_refused_layers_leave_the_others_alone(operator: Any, backend: str):
-    """Catches: an output that was made one for each example, as if that were possible."""
+@pytest.mark.parametrize("otherwise", [False, True])
+def test_refused_layers_leave_the_others_alone(otherwise: bool, operator: Any, backend: str):
+    """Catches: an output that was made one for each example, as if that were possible.
+
+    Also if the layer's parameters are known not to have factors before this is tried.
+    """
     torch.manual_seed(0)
-    model = Generated().double()
+    model = Generated(otherwise).double()
     params, loss, batches = dict(model.named_parameters()), nn.CrossEntropyLoss(), data()
     options = {**OPTIONS, "backend": backend}
     K = operator(model, loss, params, batches, **options)
