@@ -40,11 +40,15 @@ class EKFACLinearOperator(KFACLinearOperator):
     ``kfac_approx="reduce"``, which concerns the eigenvectors only.
 
     The first pass over the data gives the factors, a second one the eigenvalues; it uses the same
-    Monte-Carlo samples. All arguments are those of :class:`~curvlinops.KFACLinearOperator`.
+    Monte-Carlo samples. If the inputs and output gradients of all layers, of all data, take at most
+    64 MiB, they are kept, and the second pass does not evaluate the model again. Random signs of
+    several loss terms need a second evaluation, and ``memory_budget`` leaves no room for this. All
+    arguments are those of :class:`~curvlinops.KFACLinearOperator`.
 
     Memory of the second pass: besides the basis and the eigenvalues, the inputs of the layers of
     one batch in weight-sharing format are reachable, and at most about 2²⁰ numbers of gradients of
-    single examples of a layer (or those of one example, where they are more).
+    single examples of a layer (or those of one example, where they are more). In the first pass,
+    besides KFAC's, there are the 64 MiB at most.
 
     Raises:
         ValueError: If ``fisher_type="forward-only"``, which has no gradients.

@@ -369,21 +369,27 @@ class KFACComputer(Looking):
         return {plan.key: result[plan.key] for plan in self.plans if plan.key in result}
 
     def factors(
-        self, part: list[Key] | None, raw: bool = False
+        self,
+        part: list[Key] | None,
+        raw: bool = False,
+        hear: Callable[[Statistic], Tensor | float] | None = None,
     ) -> dict[Key, list[tuple[Factor, Factor | None]]]:
         """Compute the factors of some groups in one pass over the data.
 
         Args:
             part: The groups. None: all.
             raw: Whether the factors stay where they were computed, in the same dtype.
+            hear: Gives a statistic the events of the pass, and returns the loss's scale.
         """
-        statistic, scale = self._moments(part)
+        statistic, scale = self._moments(part, hear or self._hear)
         self.add_over_ranks(statistic)
         plans = [plan for plan in self.plans if part is None or plan.key in part]
         held = [plan for plan in plans if self._holds(plan.key)]
         return self.factors_of(statistic, scale, {}, statistic.last_uses(held), plans, raw)
 
-    def _moments(self, keys: list[Key] | None) -> tuple[CovarianceStatistic, Tensor | float]:
+    def _moments(
+        self, keys: list[Key] | None, hear: Callable[[Statistic], Tensor | float]
+    ) -> tuple[CovarianceStatistic, Tensor | float]:
         """Pass over the data; return the moments for some groups, or all, and the loss's scale."""
         plans = self.plans
         usages = {u for plan in plans if plan.key in (keys or ()) for u in plan.all_usages}
@@ -392,7 +398,7 @@ class KFACComputer(Looking):
             self._outdated = self._recording = False
             statistic = self.new_statistic()
             listener = statistic if keys is None else Selected(statistic, usages)
-            scale = self._gather(listener, "KFAC factors", "signs")
+            scale = hear(listener)
             self.share_uses()
         if keys is not None and self.plans != plans:
             raise RuntimeError(
@@ -400,6 +406,10 @@ class KFACComputer(Looking):
                 "other ways than before. Each pass must see the same."
             )
         return statistic, scale
+
+    def _hear(self, statistic: Statistic) -> Tensor | float:
+        """Give a statistic the events of the pass for the factors; return the loss's scale."""
+        return self._gather(statistic, "KFAC factors", "signs")
 
     # ---- memory ----------------------------------------------------------------------------------
     def look_at_all(self) -> Measure:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,17 @@ from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
 from curvlinops.computers._base import Key, KFACComputer, stacked
 from curvlinops.computers.across_ranks import add_totals
 from curvlinops.computers.eigenvalues import Basis, EigenvalueStatistic
+from curvlinops.computers.events import Statistic
+from curvlinops.computers.recorder import Recorder
 from curvlinops.computers.report import check_finite, check_spectrum, factor_name
 from curvlinops.computers.statistics import Factor
+from curvlinops.computers.vectors import mixes_terms
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.distributed.transfers import share
 from curvlinops.eigh import EighDecomposedLinearOperator
 from curvlinops.kfac_utils import FisherType, ParamGroup
+from curvlinops.risk import Batch
+from curvlinops.risk.data import TermCounter
 
 
 class EKFACComputer(KFACComputer):
@@ -29,6 +35,7 @@ class EKFACComputer(KFACComputer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
+        self._recorder: Recorder | None = None  # of the first pass
         super().__init__(*args, **kwargs)
         if self.fisher_type is FisherType.FORWARD_ONLY:
             raise ValueError(
@@ -44,7 +51,9 @@ class EKFACComputer(KFACComputer):
         Args:
             part: The groups whose eigenvectors are wanted. None: all.
         """
-        blocks = self.factors(part, raw=True)
+        self._recorder = None
+        hear = self._hear_and_record if part is None else None
+        blocks = self.factors(part, raw=True, hear=hear)
         keys = [
             plan.key
             for plan in self.plans
@@ -66,6 +75,8 @@ class EKFACComputer(KFACComputer):
     def decomposed(self) -> dict[Key, list[Any]]:
         """Compute eigenvectors and eigenvalues in two passes over the data, or a few times two.
 
+        A second pass is not made if the first one was recorded, see :class:`Recorder`.
+
         Returns:
             For each group, by the tuple of its parameters' names, its blocks: eigenvalues
             ``[d_out, d_in]`` (``[d_out]`` without input factor), and the eigenvectors of the
@@ -77,13 +88,51 @@ class EKFACComputer(KFACComputer):
         for part in self.parts():
             bases = self.bases(part)
             statistic = self.eigenvalue_statistic(bases)
-            scale = self._gather(statistic, "EKFAC eigenvalues", "eigenvalue-signs")
+            scale = self._gather_again(statistic)
             self.add_totals_over_ranks(statistic)
             result |= self.decomposition_of(statistic, bases, scale, {})
         for name, block in self._diagonal_blocks().items():
             result[name,] = [block]
         return {plan.key: result[plan.key] for plan in self.plans if plan.key in result}
 
+    # ---- passes over the data --------------------------------------------------------------------
+    def _hear_and_record(self, statistic: Statistic) -> Tensor | float:
+        """Give a statistic the events of the first pass, and record them if they are few."""
+        self._recorder = Recorder(statistic)
+        self._recorder.scale = self._hear(self._recorder)
+        return self._recorder.scale
+
+    def _visit(
+        self, statistic: Statistic, batch: Batch, counter: TermCounter, signs: str
+    ) -> Tensor | float:
+        """Give a statistic the events of one batch; see the base class."""
+        if statistic is not self._recorder:
+            return super()._visit(statistic, batch, counter, signs)
+        own = replace(batch, X=self._recorder.begin(batch.X))
+        normalizer = super()._visit(statistic, own, counter, signs)
+        self._recorder.end(self._num_vectors)
+        return normalizer
+
+    def _vectors(self, batch: Batch, F: Tensor, *args: Any, **kwargs: Any) -> Iterator[Tensor]:
+        """Return the loss vectors of a batch; see the base class."""
+        vectors = super()._vectors(batch, F, *args, **kwargs)
+        if self._recorder is not None and mixes_terms(
+            self.fisher_type, len(F) // batch.n, self.loss_terms
+        ):
+            self._recorder.give_up()  # the eigenvalues need other signs than the eigenvectors
+        return vectors
+
+    def _gather_again(self, statistic: Statistic) -> Tensor | float:
+        """Give a statistic the events of the second pass; return the loss's scale."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is None or self.collective.any(not recorder.complete):
+            return self._gather(statistic, "EKFAC eigenvalues", "eigenvalue-signs")
+        with self.collective.together(), torch.inference_mode(False), torch.no_grad():
+            for num_vectors in recorder.replay(self._precise(statistic)):
+                self._num_vectors = num_vectors
+        return recorder.scale
+
+    # ---- several ranks, and results --------------------------------------------------------------
     def add_totals_over_ranks(self, statistic: EigenvalueStatistic) -> None:
         """Add sums of squares over the ranks."""
         owners = {plan.key: self.only_holder(plan.key) for plan in self.plans}

@@ -21,23 +21,28 @@ from curvlinops.computers.usages import Usage
 class Statistic(Protocol):
     """What listens to the events of a pass over the data; a subclass overrides what it needs.
 
-    The tensors that are handed over must not be changed.
+    The tensors that are handed over must not be changed. Each method does nothing by itself.
     """
 
     def on_input(self, usage: Usage, index: int, positions: Positions) -> None:
         """A layer was called, for the ``index``-th time in this way in this batch."""
+        return
 
     def end_of_forward(self) -> None:
         """All layers of a batch were called."""
+        return
 
     def on_gradient(self, usage: Usage, index: int, gradient: Tensor) -> None:
         """The gradients ``[V, n, S, d_out]`` of V loss vectors at a layer's output exist."""
+        return
 
     def end_of_backward(self) -> None:
         """All gradients of a back-propagation were computed."""
+        return
 
     def end_of_batch(self) -> None:
         """All vectors of a batch were back-propagated."""
+        return
 
 
 class Sums(Statistic, Protocol):

@@ -53,7 +53,7 @@ class Format:
     def positions(self, x: Tensor, n: int, where: str) -> Positions:
         """Return the inputs of n examples in weight-sharing format; ``where`` is for messages."""
         inputs = split_examples(x, n, where)
-        return Positions(inputs.shape[1], lambda: inputs)
+        return Positions(inputs.shape[1], lambda: inputs, sources=[inputs], layer=where)
 
     def gradients(self, gradient: Tensor, n: int, where: str) -> Tensor:
         """Return output gradients of n examples, ``[n, S, d_out]``."""
@@ -108,7 +108,8 @@ class ConvolutionFormat(Format):
                 averaged = torch.tensordot(averaged, pattern, dims=([2], [1]))
             return split_examples(averaged.flatten(1).unsqueeze(1), n, where).mean(1)
 
-        return Positions(num_pixels * x.shape[0] // n, rows, mean, parts)
+        num_positions = num_pixels * x.shape[0] // n
+        return Positions(num_positions, rows, mean, parts, sources=[x], layer=where)
 
     def gradients(self, gradient: Tensor, n: int, where: str) -> Tensor:
         """Return the gradients of the pixels of n examples."""
@@ -195,7 +196,7 @@ class TransposedConvolutionFormat(Format):
             seen = seen.reshape(x.shape[0], x.shape[1] * entries, -1).mT
             return split_examples(seen, n, where)
 
-        return Positions(prod(sizes) * x.shape[0] // n, rows)
+        return Positions(prod(sizes) * x.shape[0] // n, rows, sources=[x], layer=where)
 
     def gradients(self, gradient: Tensor, n: int, where: str) -> Tensor:
         """Return the gradients of the pixels of n examples."""
@@ -226,7 +227,7 @@ class EmbeddingFormat(Format):
         weights = torch.ones_like(indices, dtype=self.dtype)
         if self.padding_idx is not None:
             weights = weights * (indices != self.padding_idx)
-        return Tokens(indices, weights, self.size)
+        return Tokens(indices, weights, self.size, where)
 
 
 @dataclass(frozen=True)
@@ -264,7 +265,8 @@ class NormFormat(Format):
                 normalized = functional.layer_norm(x, list(self.shape), None, None, self.eps)
             return self.gradients(normalized, n, where)
 
-        return Positions(x.numel() // max(n * prod(self.shape), 1), rows)
+        num_positions = x.numel() // max(n * prod(self.shape), 1)
+        return Positions(num_positions, rows, sources=[x], layer=where)
 
     def gradients(self, gradient: Tensor, n: int, where: str) -> Tensor:
         """Flatten the normalised axes, and split the others."""
@@ -307,7 +309,8 @@ class ChannelNormFormat(Format):
                 normalized = functional.group_norm(x, self.num_groups, eps=self.eps)
             return self.gradients(normalized, n, where)
 
-        return Positions(x.numel() // max(n * x.shape[1], 1), rows)
+        num_positions = x.numel() // max(n * x.shape[1], 1)
+        return Positions(num_positions, rows, sources=[x], layer=where)
 
     def gradients(self, gradient: Tensor, n: int, where: str) -> Tensor:
         """Bring the channels to the end, and split the rest."""

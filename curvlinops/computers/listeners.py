@@ -1,4 +1,4 @@
-"""Statistics around another one: for precision, some groups, bundles of vectors, memory."""
+"""Statistics around another one: for precision, some groups, bundles of vectors; and memory."""
 
 from __future__ import annotations
 
@@ -12,75 +12,27 @@ from curvlinops.computers.positions import Positions
 from curvlinops.computers.usages import Usage
 
 
-class Precise(Statistic):
-    """Lets a statistic compute without autocast, from gradients of a wider dtype.
+class Passing(Statistic):
+    """Passes all events on to another statistic; a subclass changes some.
 
     Args:
-        statistic: The statistic.
-        dtype: The gradients' dtype, None for their own.
-        device_type: Where autocast is disabled.
+        statistic: The other one.
     """
 
-    def __init__(self, statistic: Statistic, dtype: torch.dtype | None, device_type: str):
+    def __init__(self, statistic: Statistic):
         self._statistic = statistic
-        self._dtype = dtype
-        self._device_type = device_type
-
-    def _plain(self) -> torch.autocast:
-        return torch.autocast(self._device_type, enabled=False)
 
     def on_input(self, usage: Usage, index: int, positions: Positions) -> None:
         """Pass on."""
-        with self._plain():
-            self._statistic.on_input(usage, index, positions)
-
-    def end_of_forward(self) -> None:
-        """Pass on."""
-        with self._plain():
-            self._statistic.end_of_forward()
-
-    def on_gradient(self, usage: Usage, index: int, gradient: Tensor) -> None:
-        """Pass on, in the dtype."""
-        with self._plain():
-            gradient = gradient if self._dtype is None else gradient.to(self._dtype)
-            self._statistic.on_gradient(usage, index, gradient)
-
-    def end_of_backward(self) -> None:
-        """Pass on."""
-        with self._plain():
-            self._statistic.end_of_backward()
-
-    def end_of_batch(self) -> None:
-        """Pass on."""
-        with self._plain():
-            self._statistic.end_of_batch()
-
-
-class Selected(Statistic):
-    """Lets a statistic hear of some usages only.
-
-    Args:
-        statistic: The statistic.
-        usages: Those.
-    """
-
-    def __init__(self, statistic: Statistic, usages: Set[Usage]):
-        self._statistic = statistic
-        self._usages = usages
-
-    def on_input(self, usage: Usage, index: int, positions: Positions) -> None:
-        """Pass on what is selected."""
-        if usage in self._usages:
-            self._statistic.on_input(usage, index, positions)
+        self._statistic.on_input(usage, index, positions)
 
     def end_of_forward(self) -> None:
         """Pass on."""
         self._statistic.end_of_forward()
 
     def on_gradient(self, usage: Usage, index: int, gradient: Tensor) -> None:
-        """Pass on what is selected."""
-        if usage in self._usages:
-            self._statistic.on_gradient(usage, index, gradient)
+        """Pass on."""
+        self._statistic.on_gradient(usage, index, gradient)
 
     def end_of_backward(self) -> None:
         """Pass on."""
@@ -91,7 +43,74 @@ class Selected(Statistic):
         self._statistic.end_of_batch()
 
 
-class Bundled(Statistic):
+class Precise(Passing):
+    """Lets a statistic compute without autocast, from gradients of a wider dtype.
+
+    Args:
+        statistic: The statistic.
+        dtype: The gradients' dtype, None for their own.
+        device_type: Where autocast is disabled.
+    """
+
+    def __init__(self, statistic: Statistic, dtype: torch.dtype | None, device_type: str):
+        super().__init__(statistic)
+        self._dtype = dtype
+        self._device_type = device_type
+
+    def _plain(self) -> torch.autocast:
+        return torch.autocast(self._device_type, enabled=False)
+
+    def on_input(self, usage: Usage, index: int, positions: Positions) -> None:
+        """Pass on."""
+        with self._plain():
+            super().on_input(usage, index, positions)
+
+    def end_of_forward(self) -> None:
+        """Pass on."""
+        with self._plain():
+            super().end_of_forward()
+
+    def on_gradient(self, usage: Usage, index: int, gradient: Tensor) -> None:
+        """Pass on, in the dtype."""
+        with self._plain():
+            gradient = gradient if self._dtype is None else gradient.to(self._dtype)
+            super().on_gradient(usage, index, gradient)
+
+    def end_of_backward(self) -> None:
+        """Pass on."""
+        with self._plain():
+            super().end_of_backward()
+
+    def end_of_batch(self) -> None:
+        """Pass on."""
+        with self._plain():
+            super().end_of_batch()
+
+
+class Selected(Passing):
+    """Lets a statistic hear of some usages only.
+
+    Args:
+        statistic: The statistic.
+        usages: Those.
+    """
+
+    def __init__(self, statistic: Statistic, usages: Set[Usage]):
+        super().__init__(statistic)
+        self._usages = usages
+
+    def on_input(self, usage: Usage, index: int, positions: Positions) -> None:
+        """Pass on what is selected."""
+        if usage in self._usages:
+            super().on_input(usage, index, positions)
+
+    def on_gradient(self, usage: Usage, index: int, gradient: Tensor) -> None:
+        """Pass on what is selected."""
+        if usage in self._usages:
+            super().on_gradient(usage, index, gradient)
+
+
+class Bundled(Passing):
     """Hands small gradients of several loss vectors of a batch to a statistic at once.
 
     Sums of products of a few rows with themselves cost about as much as those of many rows, and
@@ -106,7 +125,7 @@ class Bundled(Statistic):
     _ENTRIES, _ROWS = 2**20, 2**10  # of all layers, and of one layer
 
     def __init__(self, statistic: Statistic, num_vectors: Callable[[], int]):
-        self._statistic = statistic
+        super().__init__(statistic)
         self._total = num_vectors
         self._held: dict[tuple[Usage, int], list[Tensor]] = {}
         self._num_vectors = 0  # that are held completely
@@ -114,18 +133,10 @@ class Bundled(Statistic):
         self._measuring = True  # whether this is the first vector
         self._waiting = True  # whether gradients are held
 
-    def on_input(self, usage: Usage, index: int, positions: Positions) -> None:
-        """Pass on."""
-        self._statistic.on_input(usage, index, positions)
-
-    def end_of_forward(self) -> None:
-        """Pass on."""
-        self._statistic.end_of_forward()
-
     def on_gradient(self, usage: Usage, index: int, gradient: Tensor) -> None:
         """Hold, or pass on what is large."""
         if not self._waiting:
-            self._statistic.on_gradient(usage, index, gradient)
+            super().on_gradient(usage, index, gradient)
             return
         held = self._held.setdefault((usage, index), [])
         # a layer that some of the vectors do not reach has no gradients of them
@@ -141,7 +152,7 @@ class Bundled(Statistic):
     def end_of_backward(self) -> None:
         """Pass on, unless there is room for another vector."""
         if not self._waiting:
-            self._statistic.end_of_backward()
+            super().end_of_backward()
             return
         self._measuring = False
         self._num_vectors += 1
@@ -152,7 +163,7 @@ class Bundled(Statistic):
         """Pass on what is held."""
         if self._num_vectors:
             self._flush()
-        self._statistic.end_of_batch()
+        super().end_of_batch()
 
     def _fit(self, num_vectors: int) -> bool:
         """Return whether there are so many vectors, and gradients of all of them may be held."""
@@ -165,14 +176,14 @@ class Bundled(Statistic):
             held += [torch.zeros_like(held[0])] * (self._num_vectors - len(held))
         self._num_vectors = 0
         self._pass_on()
-        self._statistic.end_of_backward()
+        super().end_of_backward()
 
     def _pass_on(self) -> None:
         """Pass on gradients."""
         held, self._held = self._held, {}
         for (usage, index), gradients in held.items():
             together = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
-            self._statistic.on_gradient(usage, index, together)
+            super().on_gradient(usage, index, together)
 
 
 class Measure(Statistic):
@@ -190,17 +201,5 @@ class Measure(Statistic):
         before = self.num_positions.get(usage, 0)
         self.num_positions[usage] = max(before, positions.num_positions)
 
-    def end_of_forward(self) -> None:
-        """Do nothing."""
 
-    def on_gradient(self, usage: Usage, index: int, gradient: Tensor) -> None:
-        """Do nothing."""
-
-    def end_of_backward(self) -> None:
-        """Do nothing."""
-
-    def end_of_batch(self) -> None:
-        """Do nothing."""
-
-
-__all__ = ["Bundled", "Measure", "Precise", "Selected"]
+__all__ = ["Bundled", "Measure", "Passing", "Precise", "Selected"]

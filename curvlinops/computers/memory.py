@@ -56,7 +56,10 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Bytes that are held at most, of results so far, of a pass, and its working set."""
+        """Bytes that are held at most, of results so far, of a pass, and its working set.
+
+        Without a budget, EKFAC may hold the events of a short pass besides: 64 MiB at most.
+        """
         parts = [[self.rows[i] for i in part] for part in self.passes]
         before = [
             0 if self._offloads else sum(row.stored for part in parts[:k] for row in part)

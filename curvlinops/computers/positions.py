@@ -6,7 +6,7 @@ and output gradients ``[n, S, d_out]``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from math import prod
 from operator import mul
@@ -57,6 +57,12 @@ class Positions:
         make_mean: Returns their mean over positions ``[n, d]``; default: from ``make_rows``.
         make_parts: Yields the inputs of all examples, as rows ``[r, d]`` of a few of them at once;
             default: from ``make_rows``.
+        sources: The tensors from which all of these make them; None if this is not known.
+        layer: What errors call the layer.
+
+    Attributes:
+        num_positions: S.
+        sources: As above.
     """
 
     def __init__(
@@ -65,25 +71,50 @@ class Positions:
         make_rows: Callable[[], Tensor],
         make_mean: Callable[[], Tensor] | None = None,
         make_parts: Callable[[], Iterable[Tensor]] | None = None,
+        *,
+        sources: Sequence[Tensor] | None = None,
+        layer: str = "A layer",
     ):
         self.num_positions = num_positions
+        self.sources = sources
+        self._versions = _versions(sources)
+        self._layer = layer
         self._make_rows = make_rows
         self._make_mean = make_mean
         self._make_parts = make_parts
 
     def expanded(self) -> Tensor:
-        """Return the inputs ``[n, S, d]``."""
+        """Return the inputs ``[n, S, d]``; raise if they were changed in place."""
+        self._check()
         return self._make_rows()
+
+    def unchanged(self) -> bool:
+        """Return whether the inputs are still those of the layer's call, as far as is known."""
+        return _versions(self.sources) == self._versions
+
+    def _check(self) -> None:
+        """Raise if the inputs were changed in place since the layer was called."""
+        if not self.unchanged():
+            raise RuntimeError(
+                f"{self._layer} was called with a tensor that was changed in place afterwards, but "
+                "the gradients of its weight depend on that input. Let the model change a copy: "
+                "x = x + y in place of x += y, or inplace=False."
+            )
 
     def mean(self) -> Tensor:
         """Return the mean input of each example ``[n, d]``."""
-        return self._make_rows().mean(1) if self._make_mean is None else self._make_mean()
+        return self.expanded().mean(1) if self._make_mean is None else self._make_mean()
 
     def add_to(self, moment: Moment, ones: float | None) -> None:
         """Add the second moment of all positions; ``ones`` as in :meth:`Moment.update`."""
         parts = [flat_rows(self.expanded())] if self._make_parts is None else self._make_parts()
         for rows in parts:
             moment.update(rows, ones)
+
+
+def _versions(tensors: Sequence[Tensor] | None) -> list[int]:
+    """Return how often tensors were changed; this is not counted in inference mode."""
+    return [0 if t.is_inference() else t._version for t in tensors or ()]
 
 
 class Tokens(Positions):
@@ -93,13 +124,23 @@ class Tokens(Positions):
         indices: The places ``[n, S]``, between 0 and V - 1.
         weights: 1, or 0 for a position whose input is zero, ``[n, S]``.
         size: V.
+        layer: What errors call the layer.
     """
 
-    def __init__(self, indices: Tensor, weights: Tensor, size: int):
-        super().__init__(indices.shape[1], self._one_hot, self._frequencies)
-        self.indices = indices
+    def __init__(self, indices: Tensor, weights: Tensor, size: int, layer: str = "A layer"):
+        sources = [indices, weights]
+        super().__init__(
+            indices.shape[1], self._one_hot, self._frequencies, sources=sources, layer=layer
+        )
+        self._indices = indices
         self.weights = weights
         self.size = size
+
+    @property
+    def indices(self) -> Tensor:
+        """The places ``[n, S]``; an error if they were changed in place."""
+        self._check()
+        return self._indices
 
     def _one_hot(self) -> Tensor:
         """Return ``[n, S, V]``."""
@@ -138,6 +179,7 @@ class Moment:
             ``[d]``, ``[groups, d]``; None before the first update. Of ``[d, d]`` what is below the
             diagonal may be missing, see :meth:`symmetric`.
         count: The number of terms, for the mean.
+        summed: Whether all of it was summed here, rather than set by somebody.
     """
 
     def __init__(self, diagonal: bool = False, groups: int = 1, dtype: torch.dtype | None = None):
@@ -146,6 +188,7 @@ class Moment:
         self.dtype = dtype
         self.total: Tensor | None = None
         self.count = 0.0
+        self.summed = True
         self._size = 0  # of the blocks on the diagonal, if entries below them are missing
 
     def update(self, rows: Tensor, ones: float | None = None) -> None:
@@ -207,6 +250,7 @@ class Moment:
         """Add another moment of the same rows, which may be changed."""
         if other.total is None:
             return
+        self.summed &= other.summed
         if self.total is None:
             self._size = other._size
         elif not self._size:
@@ -215,7 +259,7 @@ class Moment:
 
     def complete(self) -> None:
         """Take what is below the diagonal for right: somebody has set it."""
-        self._size = 0
+        self._size, self.summed = 0, False
 
     def state(self) -> dict[str, Any]:
         """Return a copy of all there is, as tensors and plain values."""
@@ -231,6 +275,7 @@ class Moment:
     def from_state(cls, state: dict[str, Any], device: torch.device) -> Moment:
         """Return what :meth:`state` was called of, on a device."""
         moment = cls(state["diagonal"], state["groups"])
+        moment.summed = False
         if state["total"] is not None:
             moment.add(state["total"].to(device), state["count"])
         return moment

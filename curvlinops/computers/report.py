@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from curvlinops import _tensors
 from curvlinops._operator import PyTorchLinearOperator
 from curvlinops.blockdiagonal import BlockDiagonalLinearOperator
+from curvlinops.computers.attested import is_attested
 from curvlinops.computers.plan import GroupPlan
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.eigh import EighDecomposedLinearOperator
@@ -76,7 +77,7 @@ def _check_factor(name: str, values: Tensor) -> None:
             f"{name} is not positive semi-definite: its diagonal entry {int(diagonal.argmin())} is "
             f"{smallest:.3g}. {_ORIGIN}"
         )
-    if values.ndim == 1:
+    if values.ndim == 1 or is_attested(values):  # each entry is bounded by the diagonal then
         return
     scale = (diagonal.clamp(min=0) + rounding).rsqrt()  # which makes the diagonal (about) 1
     if not _looks_symmetric(values, scale):

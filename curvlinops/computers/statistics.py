@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops.computers.attested import attest
 from curvlinops.computers.plan import GroupPlan, Rows
 from curvlinops.computers.positions import Moment, Positions, flat_rows, widened
 from curvlinops.computers.usages import Part, Usage
@@ -356,7 +357,13 @@ class CovarianceStatistic:
         else:
             total = like.new_zeros([groups, width] if diagonal else [groups, width, width])
         total = total.to(like.device, like.dtype)
-        return [DiagonalLinearOperator([t]) if diagonal else t for t in total]
+        if diagonal:
+            return [DiagonalLinearOperator([t]) for t in total]
+        factors = list(total)
+        if len(moments) == 1 and moments[0].summed:
+            for factor in factors:
+                attest(factor)
+        return factors
 
 
 def _padded(factor: Factor) -> Factor:

@@ -52,6 +52,12 @@ def num_vectors(
     return columns * (per_example if loss_terms == "exact" else 1)
 
 
+def mixes_terms(fisher_type: FisherType, per_example: int, loss_terms: str) -> bool:
+    """Return whether vectors have random signs, for examples with several loss terms."""
+    mixing = fisher_type in (FisherType.TYPE2, FisherType.EMPIRICAL)
+    return mixing and per_example > 1 and loss_terms == "signs"
+
+
 def loss_vectors(
     loss: Loss,
     F: Tensor,
@@ -105,7 +111,7 @@ def loss_vectors(
         vectors = iter([loss.grad(F, targets)])
     if per_example == 1:
         yield from vectors
-    elif loss_terms == "signs":
+    elif mixes_terms(fisher_type, per_example, loss_terms):
         drawn = random.signs(signs, first_term, num_terms, num_vectors).to(F.device, F.dtype)
         for vector, sign in zip(vectors, drawn.T, strict=True):
             yield sign.unsqueeze(-1) * vector

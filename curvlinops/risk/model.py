@@ -133,6 +133,7 @@ class FunctionalModel:
             self._hints = _guess_traits(layers)
             self._layers = layers
             self._given = _resolve_names(model_func, params)
+            self._places = places_of(model_func)
             _check_embeddings(model_func)
 
     @property
@@ -221,7 +222,11 @@ class FunctionalModel:
             if self.module is None:
                 prediction = self._function(params, X)
             else:
-                prediction = functional_call(self.module, {**self._constants(), **params}, (X,))
+                # Places are looked for anew, because the user may tie weights between products.
+                compiling = torch.compiler.is_compiling()  # which cannot follow this
+                places = self._places if compiling else places_of(self.module)
+                tensors = at_places({**self._constants(), **params}, places)
+                prediction = functional_call(self.module, tensors, (X,), tie_weights=False)
         if not isinstance(prediction, Tensor):
             raise TypeError(_not_a_tensor(prediction))
         return prediction
@@ -388,6 +393,43 @@ class FunctionalModel:
         if self.device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self.device))
         return states
+
+
+def places_of(module: nn.Module) -> dict[str, list[str]]:
+    """Return where a module has the tensor of each name of a parameter or buffer.
+
+    A tensor can be in several places, and a place can have several names, if a layer is in the
+    module twice. ``torch.func.functional_call`` would swap the tensor in such a place twice, and
+    leave the wrong one behind.
+
+    Args:
+        module: The module.
+
+    Returns:
+        For each name: one name for each place of its tensor.
+    """
+    places: dict[Tensor, list[str]] = {}
+    names: dict[str, list[str]] = {}
+    first: dict[nn.Module, str] = {}
+    for prefix, layer in module.named_modules(remove_duplicate=False):
+        known = first.setdefault(layer, prefix) != prefix
+        for attribute, tensor in (*layer._parameters.items(), *layer._buffers.items()):
+            if tensor is not None:
+                name = f"{prefix}.{attribute}" if prefix else attribute
+                names[name] = places.setdefault(tensor, [])
+                if not known:
+                    places[tensor].append(name)
+    return names
+
+
+def at_places(tensors: dict[str, Tensor], places: dict[str, list[str]]) -> dict[str, Tensor]:
+    """Return tensors by the names of their places, once for each.
+
+    Args:
+        tensors: By name. Names that the module does not have are ignored.
+        places: See :func:`places_of`.
+    """
+    return {place: value for name, value in tensors.items() for place in places.get(name, [])}
 
 
 def device_of(params: Any) -> torch.device | None:
@@ -736,8 +778,10 @@ __all__ = [
     "FunctionalModel",
     "ModelFunction",
     "ModelTraits",
+    "at_places",
     "autograd_ready",
     "device_of",
+    "places_of",
     "refuse_sharded",
     "tensors_and_flags",
 ]

@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlinops.risk.losses import loss_entry
-from curvlinops.risk.model import ModelFunction
+from curvlinops.risk.model import ModelFunction, at_places, places_of
 
 #: What PyTorch's losses do with a prediction: softmax along axis 1, or entries along the last axis.
 _KINDS: dict[Any, str] = {
@@ -160,7 +160,8 @@ class Reference:
 
     def _predict(self, X: Any) -> Tensor:
         if isinstance(self.model, nn.Module):
-            return functional_call(self.model, self.params, (X,))
+            tensors = at_places(self.params, places_of(self.model))
+            return functional_call(self.model, tensors, (X,), tie_weights=False)
         return self.model(self.params, X)
 
     @cached_property

@@ -24,7 +24,9 @@ from curvlinops import (
     KFACLinearOperator,
     KFOCLinearOperator,
 )
+from curvlinops.computers.ekfac_hooks import HooksEKFACComputer
 from curvlinops.computers.kfac_hooks import HooksKFACComputer
+from curvlinops.computers.recorder import Recorder
 from curvlinops.sharded import RemoteBlock, gathered
 
 #: First batches of the ranks but one: uneven parts, and a rank without data.
@@ -153,6 +155,32 @@ def test_four_ranks(four: Ranks, case: str, kind: str) -> None:
 def test_three_ranks(three: Ranks, kind: str) -> None:
     """A fraction of the ranks that is no divisor."""
     three(check_everything, "network", kind, (1.0, 0.6, 0.0))
+
+
+def passes_for_eigenvalues(keeping: list[int]) -> None:
+    """All ranks make the second pass if one of them has not kept the first."""
+    case = network()
+    expected = case.operator(EKFACLinearOperator).to_dense()
+    size, gather, made = Recorder._BYTES, HooksEKFACComputer._gather, []
+
+    def noted(self: Any, statistic: Any, what: str, signs: str) -> Any:
+        made.append(what)
+        return gather(self, statistic, what, signs)
+
+    try:
+        HooksEKFACComputer._gather = noted  # type: ignore[method-assign]
+        Recorder._BYTES = size if dist.get_rank() in keeping else 0
+        same(case.shared(EKFACLinearOperator, [1]).to_dense(), expected)
+    finally:
+        HooksEKFACComputer._gather = gather  # type: ignore[method-assign]
+        Recorder._BYTES = size
+    assert len(made) == (1 if len(keeping) == dist.get_world_size() else 2)
+
+
+@pytest.mark.parametrize("keeping", [[0, 1], [1], [0], []])
+def test_second_passes(two: Ranks, keeping: list[int]) -> None:
+    """Catches: a rank that waits for the other one's sums of a pass that is not made."""
+    two(passes_for_eigenvalues, keeping)
 
 
 # --------------------------------------------------------------------------------------------------

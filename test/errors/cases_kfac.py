@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from abstract_methods import add_abstract
@@ -25,6 +26,7 @@ from curvlinops.computers.encoding import decode, encode
 from curvlinops.computers.group_statistic import GroupStatistic
 from curvlinops.computers.kfac_make_fx import make_compute_kfac_batch
 from curvlinops.computers.look import Looking
+from curvlinops.computers.recorder import Recorder
 from curvlinops.computers.report import _check_factor, check_eigenvalues
 from curvlinops.kfac_utils import extract_averaged_patches
 
@@ -165,6 +167,12 @@ def later(number: int, cls: Any, **options: Any) -> None:
     build(model, cls, check_deterministic=False, **options)
 
 
+def ekfac_later() -> None:
+    """Build EKFAC of such a model, without room for the first pass."""
+    with patch.object(Recorder, "_BYTES", 0):
+        later(3, EKFACLinearOperator)
+
+
 def kfoc_later() -> None:
     """Build KFOC of a model that uses a parameter in another way from some call on."""
     model = Uses(lambda m, x: m.a(x) if m.calls < 4 else m.a(x) * m.b.bias)
@@ -212,7 +220,7 @@ cases(
     RuntimeError,
     "'b.weight' .*have changed between two passes",
     "must see the same",
-    lambda: later(3, EKFACLinearOperator),
+    ekfac_later,
 )
 cases(
     RuntimeError,
@@ -289,6 +297,24 @@ def one_batch(function: Callable[[Any, Tensor], Any], **options: Any) -> None:
     make_compute_kfac_batch(model, MSE, dict(model.named_parameters()), X, Y, **options)
 
 
+def changing(m: Any, x: Tensor) -> Tensor:
+    h = x.sin()
+    return m.a(h) + h.add_(1)
+
+
+def ekfac_of_changed() -> None:
+    """Compute EKFAC of a model that changes a layer's input afterwards."""
+    model = Uses(changing)
+    params = dict(model.named_parameters())
+    EKFACLinearOperator(model, MSE, params, [(X, Y)], check_deterministic=False)
+
+
+cases(
+    RuntimeError,
+    "layer of 'a.weight' and 'a.bias' was called with a tensor that was changed in place",
+    "Let the model change a copy",
+    ekfac_of_changed,
+)
 ELSEWHERE = {"W": torch.rand(2, 2), "V": torch.rand(2, 2)}
 cases(
     ValueError,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from curvlinops import EKFACLinearOperator, KFACLinearOperator
 from curvlinops._random import RandomSource
+from curvlinops.computers.recorder import Recorder
 
 R, CLASSES = 2, 2
 Signs = Callable[..., Tensor]
@@ -188,12 +189,20 @@ def test_signs_of_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"fisher_type": "mc", "mc_samples": 5, "loss_terms": "exact"}, 5),
     ],
 )
-@pytest.mark.parametrize(("cls", "passes"), [(KFACLinearOperator, 1), (EKFACLinearOperator, 2)])
+@pytest.mark.parametrize("cls", [KFACLinearOperator, EKFACLinearOperator])
+@pytest.mark.parametrize("recorded", [True, False])
 def test_number_of_backward_passes(
-    cls: Any, passes: int, options: dict[str, Any], count: int
+    recorded: bool, cls: Any, options: dict[str, Any], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Vectors are columns (C = 3) or gradients; the exact mode has R = 4 times as many."""
-    counted = []
+    """Vectors are columns (C = 3) or gradients; the exact mode has R = 4 times as many.
+
+    EKFAC needs them twice, with other signs; or else keeps what it needs, if there is room.
+    """
+    counted: list[int] = []
+    signs = options["fisher_type"] != "mc" and "loss_terms" not in options
+    passes = 2 if cls is EKFACLinearOperator and (signs or not recorded) else 1
+    if not recorded:
+        monkeypatch.setattr(Recorder, "_BYTES", 0)
 
     def forward(m: Any, x: Tensor) -> Tensor:
         h = m.a(x)

@@ -19,10 +19,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from curvlinops import (
     BlockDiagonalLinearOperator,
     EKFACLinearOperator,
+    KFACAccumulator,
     KFACLinearOperator,
     KFOCLinearOperator,
     KroneckerProductLinearOperator,
 )
+from curvlinops.computers import report
+from curvlinops.computers.containers import flattened
 from curvlinops.computers.eigenvalues import EigenvalueStatistic
 from curvlinops.computers.kfoc import KFOCComputer
 from curvlinops.computers.report import check_eigenvalues, check_finite, check_spectrum
@@ -136,6 +139,69 @@ def test_diagonals_that_are_not_finite(value: float):
     for factor in (DiagonalLinearOperator([torch.tensor([1.0, value])]), torch.tensor([[value]])):
         with pytest.raises(RuntimeError, match="gradient factor of 'w' has non-finite values"):
             check_finite(("w",), None, factor)
+
+
+# ---- what is known not to be wrong ---------------------------------------------------------------
+def test_own_sums_are_not_compared(monkeypatch: pytest.MonkeyPatch):
+    """Half of the time of a small network would go into it; non-finite ones are found all the same.
+
+    Others than a single sum are compared: a factor of several, and what is no sum at all.
+    """
+    compared: list[Tensor] = []
+    look = report._looks_symmetric
+
+    def noted(values: Tensor, scale: Tensor) -> bool:
+        compared.append(values)
+        return look(values, scale)
+
+    monkeypatch.setattr(report, "_looks_symmetric", noted)
+    build()
+    build(EKFACLinearOperator)
+    assert not compared
+    data = [(torch.full((2, 4), 1e30), torch.rand(2, 3))]
+    with pytest.raises(RuntimeError, match=r"input factor of '0.weight' has non-finite"):
+        build(data=data)
+    shared = nn.Linear(4, 4)
+    build(model=nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(4, 3)))
+    assert len(compared) == 0  # calls of one layer are one sum
+    tied = nn.Linear(4, 4)
+    tied.weight = shared.weight
+    build(model=nn.Sequential(shared, nn.Tanh(), tied, nn.Linear(4, 3)))
+    assert len(compared) == 2
+
+
+@pytest.mark.parametrize("operator", [KFACLinearOperator, EKFACLinearOperator])
+def test_own_sums_that_somebody_changed(operator: Any, monkeypatch: pytest.MonkeyPatch):
+    """In place, so that it is the same tensor."""
+
+    def change(factor: Tensor) -> Tensor:
+        factor[0, 2] = -0.9 * factor.diagonal().max()
+        return factor
+
+    plant(monkeypatch, "input", change)
+    with pytest.raises(RuntimeError, match=r"'2.weight' is not symmetric: its entries \[0, 2\]"):
+        build(operator)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_sums_that_were_read_from_a_file(merged: bool):
+    """Catches: that they count as sums of this process, also if they are added to such sums."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    arguments: Any = (model, nn.MSELoss(), dict(model.named_parameters()))
+    first, other = (KFACAccumulator(*arguments, fisher_type="type-2") for _ in range(2))
+    for accumulator in (first, other):
+        accumulator.update(torch.rand(6, 4), torch.rand(6, 3))
+    state = first.state_dict()
+    totals = [total for total in flattened(state) if total.shape == (5, 5)]
+    assert totals
+    for total in totals:
+        total[1, 3] = total[3, 1] = 9 * total.diagonal().max()
+    first.load_state_dict(state)
+    if merged:
+        other.merge(first)
+        first = other
+    with pytest.raises(RuntimeError, match=r"not positive semi-definite: its entry \[1, 3\]"):
+        first.to_operator()
 
 
 def test_hints_say_where_to_look(monkeypatch: pytest.MonkeyPatch):
