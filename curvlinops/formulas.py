@@ -3,7 +3,7 @@ r"""Functions whose derivatives PyTorch computes in more steps than they need.
 - Softmax and layer normalisation in forward mode. The Jacobian of softmax, and that of a
   normalisation without weight and bias, are symmetric: tangents are what the fused backward kernels
   compute.
-- Second derivatives of GELU.
+- Second derivatives of layer normalisation and GELU.
 - Numbers in forward mode: in :math:`2 x`, PyTorch takes the number for a tensor with a tangent of
   zeros, and finds out in Python that this changes nothing.
 """
@@ -63,10 +63,16 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any,
+        mode: Mode,
+        x: Tensor,
+        shape: Any,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
     ) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
-        ctx.shape = shape
+        ctx.mode, ctx.shape, ctx.eps = mode, shape, eps
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.save_for_forward(x, weight, bias, mean, rstd)
@@ -75,29 +81,157 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 5
+            return (None,) * 6
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        needs_x, _, *needs, _ = ctx.needs_input_grad
-        dx, dweight, dbias = _layer_norm_backward(
-            g, x, ctx.shape, mean, rstd, weight, bias, (needs_x, *needs)
-        )
-        return dx, None, dweight, dbias, None
+        _, needs_x, _, *needs, _ = ctx.needs_input_grad
+        mask = (needs_x, *needs)
+        if torch.is_grad_enabled():
+            x, weight = (
+                t.detach() if t is not None and ctx.mode.transposing else t for t in (x, weight)
+            )
+            gradients = _LayerNormGradient.apply(
+                g, x, weight, bias, mean, rstd, ctx.shape, ctx.eps, mask
+            )
+        else:
+            gradients = _layer_norm_backward(g, x, ctx.shape, mean, rstd, weight, bias, mask)
+        dx, dweight, dbias = gradients
+        return None, dx, None, dweight, dbias, None
 
     @staticmethod
     def jvp(
-        ctx: Any, dx: Tensor | None, _: None, dweight: Tensor | None, dbias: Tensor | None, __: None
+        ctx: Any,
+        _: None,
+        dx: Tensor | None,
+        __: None,
+        dweight: Tensor | None,
+        dbias: Tensor | None,
+        ___: None,
     ) -> Tensor:
         x, weight, _bias, mean, rstd = ctx.saved_tensors
         parts: list[Tensor] = []
         if dx is not None:
-            only_x = (True, False, False)
-            part = _layer_norm_backward(dx, x, ctx.shape, mean, rstd, None, None, only_x)[0]
+            part = _project(dx, x, ctx.shape, mean, rstd)
             parts.append(part if weight is None else part * weight)
         if dweight is not None:
             parts.append((x - mean) * rstd * dweight)
         if dbias is not None:
             parts.append(dbias.expand_as(x))
         return sum(parts[1:], start=parts[0])
+
+
+class _LayerNormGradient(torch.autograd.Function):
+    r"""The gradients of layer normalisation by x, weight and bias; those in a mask.
+
+    With the normalised input :math:`\hat x`, the inverse standard deviation r and d entries of each
+    row, that by x is :math:`J (g \odot w)`, where
+    :math:`J = r (I - 1 1^\top / d - \hat x \hat x^\top / d)` is the Jacobian of :math:`\hat x`. Its
+    product with c has the gradient
+    :math:`-\frac{r}{d} [(c^\top J \hat g) \hat x + (\hat g^\top \hat x) J c
+    + (c^\top \hat x) J \hat g]` by x, with :math:`\hat g = g \odot w`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        shape: Any,
+        eps: float,
+        mask: tuple[bool, bool, bool],
+    ) -> tuple[Tensor | None, ...]:
+        gradients = _layer_norm_backward(g, x, shape, mean, rstd, weight, bias, mask)
+        dx, dweight, dbias = (each if m else None for each, m in zip(gradients, mask, strict=True))
+        ctx.shape, ctx.eps = shape, eps
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g, x, weight, mean, rstd, dx)
+        return dx, dweight, dbias
+
+    @staticmethod
+    def backward(
+        ctx: Any, c: Tensor | None, c_weight: Tensor | None, c_bias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        g, x, weight, mean, rstd, dx = ctx.saved_tensors
+        _, needs_x, needs_weight, *_ = ctx.needs_input_grad
+        cotangents = (c, c_weight, c_bias)
+        if torch.is_grad_enabled():
+            found = _layer_norm_third(g, x, weight, ctx.shape, ctx.eps, cotangents)
+            return (*found, *[None] * 6)
+        axes = list(range(x.ndim - len(ctx.shape), x.ndim))
+        normalized = (x - mean) * rstd
+        for_g, for_x, for_weight = [], [], None
+        if c is not None:
+            product = _project(c, x, ctx.shape, mean, rstd)
+            for_g.append(product if weight is None else product * weight)
+            if needs_weight:
+                for_weight = (
+                    (g * product).flatten(0, axes[0] - 1).sum(0) if axes[0] else g * product
+                )
+            if needs_x:
+                scaled = g if weight is None else g * weight
+                total = normalized * (c * dx).sum(axes, keepdim=True)
+                total = total + product * (scaled * normalized).sum(axes, keepdim=True)
+                total = total + dx * (c * normalized).sum(axes, keepdim=True)
+                for_x.append(total * (rstd / -math.prod(ctx.shape)))
+        if c_weight is not None:
+            for_g.append(c_weight * normalized)
+            if needs_x:
+                for_x.append(_project(g * c_weight, x, ctx.shape, mean, rstd))
+        if c_bias is not None:
+            for_g.append(c_bias.expand_as(g))
+        return _sum(for_g), _sum(for_x), for_weight, *[None] * 6
+
+
+def _project(v: Tensor, x: Tensor, shape: Any, mean: Tensor, rstd: Tensor) -> Tensor:
+    """Multiply by the Jacobian of layer normalisation without weight, which is symmetric."""
+    only_x = (True, False, False)
+    product: Tensor = _layer_norm_backward(v, x, shape, mean, rstd, None, None, only_x)[0]
+    return product
+
+
+def _layer_norm_third(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    shape: Any,
+    eps: float,
+    cotangents: tuple[Tensor | None, ...],
+) -> list[Tensor | None]:
+    """Multiply by the transposed Jacobian of the gradients of layer normalisation.
+
+    In steps that can be differentiated any number of times, unlike PyTorch's.
+
+    Returns:
+        The products for g, x and the weight.
+    """
+    # g may depend on x: other nodes of the graph, for partial derivatives
+    inputs = [None if t is None else t.view_as(t) for t in (g, x, weight)]
+    g, x, weight = inputs  # type: ignore[assignment]
+    axes = list(range(x.ndim - len(shape), x.ndim))
+    centred = x - x.mean(axes, keepdim=True)
+    rstd = (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
+    normalized = centred * rstd
+    scaled = g if weight is None else g * weight
+    part = (scaled * normalized).mean(axes, keepdim=True)
+    dx = rstd * (scaled - scaled.mean(axes, keepdim=True) - normalized * part)
+    outputs = [
+        None if c is None else (c * output).sum()
+        for c, output in zip(cotangents, (dx, g * normalized, g), strict=True)
+    ]
+    total = _sum([each for each in outputs if each is not None])
+    wanted = [t for t in inputs if t is not None and t.requires_grad]
+    if total is None or not wanted:
+        return [None] * 3
+    found = iter(torch.autograd.grad(total, wanted, create_graph=True, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]
+
+
+def _sum(parts: list[Tensor]) -> Tensor | None:
+    """Return the sum; None for nothing."""
+    return sum(parts[1:], start=parts[0]) if parts else None
 
 
 class _Gelu(torch.autograd.Function):
@@ -142,9 +276,12 @@ class _GeluBackward(torch.autograd.Function):
         scale, square = 1 / math.sqrt(2 * math.pi), x * x
         if torch.is_grad_enabled():
             return for_g, c * g * (2 - square) * torch.exp(-square / 2) * scale
-        density = (square * -0.5).exp_()
-        second = square.mul_(-scale).add_(2 * scale).mul_(density)
-        return for_g, second * g * c  # under vmap, c may have an axis that the others lack
+        half = square.mul_(-0.5)
+        density = half.exp()
+        second = half.add_(1).mul_(density).mul_(2 * scale).mul_(g)
+        if torch._C._are_functorch_transforms_active():
+            return for_g, second * c  # under vmap, c may have an axis that the others lack
+        return for_g, second.mul_(c)
 
 
 def is_special(*tensors: Tensor | None) -> bool:
@@ -200,10 +337,11 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    """Evaluate ``functional.layer_norm`` in forward mode."""
-    if forward_ad._current_level < 0 or not _is_plain(input, weight, bias):
+    """Evaluate ``functional.layer_norm``."""
+    shaped = isinstance(normalized_shape, (list, tuple))
+    if not shaped or not _is_plain(input, weight, bias):
         return None
-    result: Tensor = _LayerNorm.apply(input, normalized_shape, weight, bias, eps)
+    result: Tensor = _LayerNorm.apply(mode, input, normalized_shape, weight, bias, eps)
     return result
 
 

@@ -51,7 +51,6 @@ class EKFACComputer(KFACComputer):
         Args:
             part: The groups whose eigenvectors are wanted. None: all.
         """
-        self._recorder = None
         hear = self._hear_and_record if part is None else None
         blocks = self.factors(part, raw=True, hear=hear)
         keys = [
@@ -127,7 +126,7 @@ class EKFACComputer(KFACComputer):
         recorder, self._recorder = self._recorder, None
         if recorder is None or self.collective.any(not recorder.complete):
             return self._gather(statistic, "EKFAC eigenvalues", "eigenvalue-signs")
-        with self.collective.together(), torch.inference_mode(False), torch.no_grad():
+        with self.collective.together(), torch.no_grad():
             for num_vectors in recorder.replay(self._precise(statistic)):
                 self._num_vectors = num_vectors
         return recorder.scale

@@ -360,7 +360,7 @@ class CovarianceStatistic:
         if diagonal:
             return [DiagonalLinearOperator([t]) for t in total]
         factors = list(total)
-        if len(moments) == 1 and moments[0].summed:
+        if all(moment.summed for moment in moments):
             for factor in factors:
                 attest(factor)
         return factors

@@ -644,7 +644,7 @@ def _wrong_third_nodes(root: Any) -> Iterator[str]:
     """Yield the names of functions whose gradients in a graph have wrong second derivatives."""
     for node in _nodes(root):
         kind = type(node).__name__.rstrip("0123456789")
-        if kind == "NativeLayerNormBackwardBackward":
+        if kind in ("NativeLayerNormBackwardBackward", "_LayerNormGradientBackward"):
             yield "layer_norm"
         on_gpu = kind == "CudnnBatchNormBackwardBackward"  # of training mode only
         if on_gpu or (kind == "NativeBatchNormBackwardBackward" and node._saved_train):

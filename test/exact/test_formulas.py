@@ -123,6 +123,47 @@ def test_numbers_have_no_tangents(function: Any) -> None:
     assert not any("zerotensor" in name for name in operations.names)
 
 
+@pytest.mark.parametrize("transposing", [False, True])
+@pytest.mark.parametrize("variable", range(1, 8))
+def test_second_derivatives_of_layer_norm(variable: int, transposing: bool) -> None:
+    """Of all gradients there are, where only some arguments are variables."""
+    shapes = FORWARD["layer norm, two axes"][1]
+    tensors = [rand(*s).requires_grad_(bool(variable >> i & 1)) for i, s in enumerate(shapes)]
+    variables = [x for x in tensors if x.requires_grad]
+    cotangents = [rand(*x.shape) for x in variables]
+    u = rand(*shapes[0]).requires_grad_()
+
+    def derivatives(mode: Any) -> list[Tensor]:
+        with mode:
+            y = F.layer_norm(tensors[0], [3, 4], tensors[1], tensors[2], 0.1)
+            assert mode is not by_formula or "_LayerNorm" in type(y.grad_fn).__name__
+            gradients = torch.autograd.grad(y, variables, u, create_graph=True)
+        wanted = [u] if transposing else [u, *variables]
+        return list(
+            torch.autograd.grad(
+                gradients, wanted, cotangents, allow_unused=True, materialize_grads=True
+            )
+        )
+
+    by_formula = Contractions()
+    with by_formula.constant_layers() if transposing else nullcontext():
+        actual = derivatives(by_formula)
+    torch.testing.assert_close(actual, derivatives(nullcontext()))
+
+
+@pytest.mark.parametrize("name", ["layer norm", "layer norm, two axes", "layer norm, plain"])
+def test_third_derivatives_of_layer_norm(name: str) -> None:
+    """Those of PyTorch are wrong, so that finite differences have to tell."""
+    function, tensors = build(name)
+    u = rand(*tensors[0].shape)
+
+    def gradients(*arguments: Tensor) -> tuple[Tensor, ...]:
+        y = function(*arguments).tanh()
+        return torch.autograd.grad(y, arguments, u, create_graph=True)
+
+    assert gradgradcheck(gradients, tensors)
+
+
 def test_gelu() -> None:
     """It has right derivatives up to the third order."""
     gelu = contracted(F.gelu)

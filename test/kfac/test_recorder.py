@@ -204,6 +204,50 @@ class KeepNothing(Statistic):
     """A statistic that does nothing."""
 
 
+def test_inputs_that_are_differentiated():
+    """As of models whose predictions are derivatives by their inputs."""
+    X = [torch.rand(2, requires_grad=True), torch.tensor([1, 2])]
+    begun = Recorder(KeepNothing()).begin(X)
+    assert [x.requires_grad for x in begun] == [True, False] and begun[0].is_leaf
+
+
+def test_all_events_in_their_order():
+    log: list[Any] = []
+
+    class Log(Statistic):
+        def on_input(self, usage: Usage, index: int, positions: Positions) -> None:
+            log.append(("input", usage, index, positions.num_positions))
+
+        def end_of_forward(self) -> None:
+            log.append("forward")
+
+        def on_gradient(self, usage: Usage, index: int, gradient: Tensor) -> None:
+            log.append(("gradient", usage, index, gradient.sum().item()))
+
+        def end_of_backward(self) -> None:
+            log.append("backward")
+
+        def end_of_batch(self) -> None:
+            log.append("batch")
+
+    recorder = Recorder(Log())
+    for number in range(3):
+        recorder.begin(torch.rand(1))
+        for index, name in enumerate("vww"):
+            x = torch.rand(1, 1, 1)
+            recorder.on_input(usage(name), index, Positions(number, lambda x=x: x, sources=[x]))
+        recorder.end_of_forward()
+        for vector in range(2):
+            recorder.on_gradient(usage("w"), 1, torch.full((1, 1, 1, 1), 2.0 * vector + number))
+            recorder.end_of_backward()
+        recorder.end_of_batch()
+        recorder.end(2)
+    heard = log.copy()
+    log.clear()
+    assert list(recorder.replay(Log())) == [2, 2, 2]
+    assert log == heard and len(log) == 3 * (3 + 1 + 4 + 1)
+
+
 def test_nothing_is_held_when_it_is_too_much(monkeypatch: pytest.MonkeyPatch):
     """Not even what fitted."""
     monkeypatch.setattr(Recorder, "_BYTES", 300)
