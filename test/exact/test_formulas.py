@@ -162,6 +162,15 @@ def test_third_derivatives_of_layer_norm(name: str) -> None:
         return torch.autograd.grad(y, arguments, u, create_graph=True)
 
     assert gradgradcheck(gradients, tensors)
+    # which does not tell whether the second ones are right that are differentiated
+    cotangents = [rand(*x.shape) for x in tensors]
+    second, expected = (
+        torch.autograd.grad(
+            gradients(*tensors), tensors, cotangents, create_graph=record, materialize_grads=True
+        )
+        for record in (True, False)
+    )
+    torch.testing.assert_close(second, expected)
 
 
 def test_gelu() -> None:
