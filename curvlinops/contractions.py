@@ -28,6 +28,8 @@ from curvlinops.formulas import FUNCTIONS, is_special
 G, X, W = range(3)
 _OTHERS = ((X, W), (G, W), (G, X))
 
+_convolution_backward: Any = torch.ops.aten.convolution_backward.default
+
 
 class Contractions(TorchFunctionMode):
     """Computes linear layers and convolutions as contractions of trilinear forms."""
@@ -127,7 +129,7 @@ class _Convolution(_Form):
         empty = a.new_empty(self.shapes[missing])
         x, weight = (empty, b) if missing == X else (b, empty)
         mask = (missing == X, missing == W, False)
-        gradients = torch.ops.aten.convolution_backward(a, x, weight, None, *self.options, mask)
+        gradients = _convolution_backward(a, x, weight, None, *self.options, mask)
         result: Tensor = gradients[missing - 1]
         return result
 
@@ -165,11 +167,14 @@ class _Contraction(torch.autograd.Function):
             saved = [x.detach() for x in saved]
         known = {ctx.missing: c, **dict(zip(others, saved, strict=True))}
         *_, needs_a, needs_b, needs_bias = ctx.needs_input_grad
+        # First: then its derivative, a broadcast bias, is the last that autograd adds up, in place.
+        # Else the sum would be a copy, whose order of axes is that of the bias.
+        bias = form.sum(c) if needs_bias else None
         a, b = (
             form(i, *[known[j] for j in _OTHERS[i]]) if needed else None
             for i, needed in zip(others, (needs_a, needs_b), strict=True)
         )
-        return None, None, a, b, form.sum(c) if needs_bias else None
+        return None, None, a, b, bias
 
     @staticmethod
     def jvp(

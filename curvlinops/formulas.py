@@ -21,7 +21,8 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn import functional
 
 _aten: Any = torch.ops.aten
-_layer_norm_backward: Any = _aten.native_layer_norm_backward
+_layer_norm_backward: Any = _aten.native_layer_norm_backward.default
+_gelu_backward: Any = _aten.gelu_backward.default
 
 
 class Mode(Protocol):
@@ -239,7 +240,7 @@ class _Gelu(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, mode: Mode, x: Tensor) -> Tensor:
-        ctx.mode = mode
+        ctx.mode, ctx.slope = mode, None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x)
         return functional.gelu(x)
@@ -250,38 +251,43 @@ class _Gelu(torch.autograd.Function):
         if g is None:
             return None, None
         if not torch.is_grad_enabled():
-            return None, _aten.gelu_backward(g, x)
-        return None, _GeluBackward.apply(g, x.detach() if ctx.mode.transposing else x)
+            return None, _gelu_backward(g, x) if ctx.slope is None else g * ctx.slope
+        if ctx.slope is None:  # it takes longer than all else; a product needs it three times
+            with torch.no_grad():
+                ctx.slope = _gelu_backward(x.new_ones(()).expand_as(x), x)
+        x = x.detach() if ctx.mode.transposing else x
+        return None, _GeluBackward.apply(g, x, ctx.slope)
 
 
 class _GeluBackward(torch.autograd.Function):
-    r"""The gradient of GELU, :math:`g (\Phi(x) + x \varphi(x))`."""
+    r"""The gradient of GELU, :math:`g s(x)` with the slope :math:`s = \Phi(x) + x \varphi(x)`."""
 
     @staticmethod
-    def forward(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, g: Tensor, x: Tensor, slope: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(g, x)
-        product: Tensor = _aten.gelu_backward(g, x)
-        return product
+        ctx.save_for_backward(g, x, slope)
+        return g * slope
 
     @staticmethod
     def backward(ctx: Any, c: Tensor | None) -> tuple[Tensor | None, ...]:
-        g, x = ctx.saved_tensors
+        g, x, slope = ctx.saved_tensors
         if c is None:
-            return None, None
-        for_g = _aten.gelu_backward(c, x)
+            return None, None, None
+        # the slope that is kept is a constant
+        for_g = _gelu_backward(c, x) if torch.is_grad_enabled() else c * slope
         if not ctx.needs_input_grad[1]:
-            return for_g, None
+            return for_g, None, None
         # c g (2 - x²) φ(x)
         scale, square = 1 / math.sqrt(2 * math.pi), x * x
         if torch.is_grad_enabled():
-            return for_g, c * g * (2 - square) * torch.exp(-square / 2) * scale
+            return for_g, c * g * (2 - square) * torch.exp(-square / 2) * scale, None
         half = square.mul_(-0.5)
         density = half.exp()
         second = half.add_(1).mul_(density).mul_(2 * scale).mul_(g)
         if torch._C._are_functorch_transforms_active():
-            return for_g, second * c  # under vmap, c may have an axis that the others lack
-        return for_g, second.mul_(c)
+            # under vmap, c may have an axis that the others lack
+            return for_g, second * c, None
+        return for_g, second.mul_(c), None
 
 
 def is_special(*tensors: Tensor | None) -> bool:

@@ -61,16 +61,17 @@ class Arrangements:
 
     def of(self, usage: Any, index: int, x: Tensor, n: int) -> Arrangement:
         """Return where n examples are in the input of a call, and in its output."""
-        call = (usage, index)
         if n == 1 or self._ignored:
             return BATCH_FIRST
-        if call not in self._found:
+        call = (usage, index)
+        where = self._found.get(call)
+        if where is None:
             if call not in self._single:
                 return BATCH_FIRST
             where = self._found[call] = find_arrangement(self._single.pop(call), x, n)
             if where.axis is None:
                 self._unverified.add(call)
-        return self._found[call]
+        return where
 
     def unverified(self) -> list[Any]:
         """Return the calls with inputs that are the same for all examples, once."""
@@ -83,7 +84,7 @@ class Arrangements:
 
     def refuses(self, usage: Any, index: int) -> bool:
         """Return whether a call is one of these."""
-        return (usage, index) in self._refused
+        return bool(self._refused) and (usage, index) in self._refused
 
     @contextmanager
     def ignored(self) -> Iterator[None]:

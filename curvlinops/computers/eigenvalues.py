@@ -68,16 +68,16 @@ class EigenvalueStatistic(GroupStatistic[_Group]):
 
     def _add_vectors(self, group: _Group, block: int, rows: Tensor) -> None:
         """Add the squares of gradients ``[V, n, d]``."""
-        group.add(block, (_rotated(rows, group.bases[block][0]) ** 2).sum((0, 1)))
+        group.add(block, _squared(rows, group.bases[block][0]).sum((0, 1)))
 
     def _add_matrices(self, group: _Group, block: int, matrices: Tensor) -> None:
-        """Add the squares of gradients ``[n, o, i]``."""
+        """Add the squares of gradients ``[n, o, i]``, which are overwritten."""
         Q_g, Q_a = group.bases[block]
         if Q_a is not None:
             matrices = matrices @ Q_a.to(matrices.dtype)
         if Q_g is not None:
             matrices = Q_g.to(matrices.dtype).T @ matrices
-        group.add(block, (matrices**2).sum(0))
+        group.add(block, matrices.square_().sum(0))
 
     def _add_calls(self, group: _Group, first: int, events: list[Event]) -> None:
         """Add the squares for a weight, of blocks ``first, ..., first + groups - 1``."""
@@ -99,13 +99,13 @@ class EigenvalueStatistic(GroupStatistic[_Group]):
             if g.shape[2] > 1:
                 self._add_positions(group, first + j, g[:, :, :, j], a[:, :, j])
                 continue
-            squares = (_rotated(g[:, :, 0, j], Q_g) ** 2).sum(0)  # [n, o]
+            squares = _squared(g[:, :, 0, j], Q_g).sum(0)  # [n, o]
             if group.calls == 1:  # the inputs are the same for all vectors
                 before, inputs = group.squares.get(first + j, (0, None))
-                inputs = _rotated(a[:, 0, j], Q_a) ** 2 if inputs is None else inputs  # [n, i]
+                inputs = _squared(a[:, 0, j], Q_a) if inputs is None else inputs  # [n, i]
                 group.squares[first + j] = before + squares, inputs
             else:
-                group.add(first + j, squares.T @ _rotated(a[:, 0, j], Q_a) ** 2)
+                group.add(first + j, squares.T @ _squared(a[:, 0, j], Q_a))
 
     def _add_positions(self, group: _Group, block: int, g: Tensor, a: Tensor | None) -> None:
         """Add the squares ``(Q_gᵀ G Q_a)²`` of a block with several positions.
@@ -144,13 +144,18 @@ def _rotated(rows: Tensor, Q: Tensor | None) -> Tensor:
     return rows if Q is None else rows @ Q.to(rows.dtype)
 
 
+def _squared(rows: Tensor, Q: Tensor | None) -> Tensor:
+    """Return the squares of the coordinates of rows ``[..., d]`` in a basis."""
+    return rows.square() if Q is None else _rotated(rows, Q).square_()
+
+
 def _squares(g: Tensor, a: Tensor) -> Tensor:
     """Return ``Σ (Σ_s g_s a_sᵀ)²`` ``[o, i]`` of ``g`` ``[V, n, S, o]`` and ``a`` ``[n, S, i]``."""
     o, i = g.shape[-1], a.shape[-1]
     total = g.new_zeros(o, i)
     for v in range(len(g)):
         for examples in chunks(len(a), o * i):
-            total = total + ((g[v, examples].mT @ a[examples]) ** 2).sum(0)
+            total += (g[v, examples].mT @ a[examples]).square_().sum(0)  # no copy: it is large
     return total
 
 

@@ -236,7 +236,7 @@ def _eigenvectors(
     if factor is None or isinstance(factor, DiagonalLinearOperator):
         return None
     wide = factor if dtype is None else factor.to(dtype)
-    symmetric = (wide + wide.mT) / 2  # up to rounding it is
+    symmetric = (wide + wide.mT).mul_(0.5)  # up to rounding it is
     name = f"the {factor_name(key, what)}"
     values, vectors = _tensors.eigh(symmetric, name=name, checked=checked)
     check_spectrum(key, what, values)

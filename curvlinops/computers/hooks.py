@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
@@ -105,11 +106,12 @@ class HooksCollector:
             return output
         n, form = self._n, usage.format
         with torch.no_grad(), _unseen():
-            where = self._arrangements.of(usage, index, x.detach(), n)
+            x = x.detach()
+            where = self._arrangements.of(usage, index, x, n)
             if self._on_call is not None:
-                self._on_call(usage, index, x.detach())
+                self._on_call(usage, index, x)
             if self._on_input is not None:
-                inputs = where.examples_first(x.detach(), n)
+                inputs = where.examples_first(x, n)
                 self._on_input(usage, index, form.positions(inputs, n, usage.label))
         if where.axis is None:
             output, where = spread(output, n).clone(), BATCH_FIRST
@@ -136,12 +138,15 @@ class HooksCollector:
 
 def _is_checkpointed() -> bool:
     """Return whether the caller runs inside of activation checkpointing."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
-        if frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+        if frame.f_globals is _CHECKPOINT:
             return True
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return False
+
+
+_CHECKPOINT = vars(torch.utils.checkpoint)
 
 
 def _unviewed(output: Tensor) -> Tensor:
@@ -191,12 +196,14 @@ class _Watch(TorchFunctionMode):
             with self:  # what it calls is hidden from modes otherwise
                 return _open_attention(*args, **kwargs)
         with _unseen():
-            touched = self._touched(args, kwargs)
+            touched = self._params.sharing(args, kwargs)
+        if not touched:  # nor can the result share memory with a parameter
+            return func(*args, **kwargs)
+        with _unseen():
             involved = self._params.involved([x for x in touched if id(x) not in self._constants])
         if not involved:
             output = func(*args, **kwargs)
-            if touched:  # else the result cannot share memory with a parameter
-                self._note_constants(output)
+            self._note_constants(output)
             return output
         if not torch.is_grad_enabled() and torch._C._is_fwd_grad_enabled():  # in no_grad
             output = func(*args, **kwargs)
@@ -219,16 +226,10 @@ class _Watch(TorchFunctionMode):
                 self._collector.other_uses.setdefault(name, reason)
         return output
 
-    def _touched(self, *values: Any) -> list[Tensor]:
-        """Return the tensors among arguments that share memory with parameters."""
-        return [x for x in tensors_in(values) if self._params.owners(x)]
-
     def _note_constants(self, output: Any) -> None:
         """Note the detached views among results; they are held, so that their ids stay theirs."""
         with _unseen():
-            for x in tensors_in([output]):
-                if self._params.owners(x):
-                    self._constants[id(x)] = x
+            self._constants |= {id(x): x for x in self._params.sharing(output)}
 
     def _depends(self, func: Any, args: Any, result: Any) -> bool:
         """Return whether a function's result depends on parameters in a differentiable way.
@@ -239,7 +240,7 @@ class _Watch(TorchFunctionMode):
         if name.startswith("new_") or name.endswith("_like"):
             return False
         if name == "to" or name.endswith("_as"):
-            first = [x for x in self._touched(args[:1]) if id(x) not in self._constants]
+            first = [x for x in self._params.sharing(*args[:1]) if id(x) not in self._constants]
             if not first:
                 return False  # brings something to the dtype, ... of a parameter
         results = [x for x in tensors_in([result]) if x.is_floating_point() or x.is_complex()]

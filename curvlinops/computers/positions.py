@@ -212,19 +212,19 @@ class Moment:
         """Add ``[r, d]`` where the sum is, as d² may be more than all else that is held."""
         num_rows, d = rows.shape
         self.count += num_rows
-        width = d + (ones is not None)
         beta = float(self.total is not None)
         if self.total is None:
-            self.total = _empty_square(rows, width)
-            self.total[:, d:] = 0
+            self.total = _empty_square(rows, d + (ones is not None))
+            if ones is not None:
+                self.total[:, d].zero_()
         self._size = self._size or _block_size(d, rows.device)
         for start in range(0, d, self._size):
             stop = min(start + self._size, d)
             block = self.total[start:stop, start:d]
             _add_product(block, rows[:, start:stop].T, rows[:, start:], beta)
         if ones is not None:
-            self.total[:d, d] += ones * rows.sum(0)
-            self.total[d, d] += num_rows * ones**2
+            self.total[:d, d].add_(rows.sum(0), alpha=ones)
+            self.total[d, d].add_(num_rows * ones**2)
 
     def symmetric(self) -> Tensor | None:
         """Return the sum with what is below its diagonal, in place."""

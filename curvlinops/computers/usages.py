@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,6 +43,18 @@ class Usage:
     format: Format
     weight: Part | None
     bias: Part | None
+
+    def __hash__(self) -> int:
+        """Return what is computed once: usages are keys of all that is known of layers."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.format, self.weight, self.bias))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the fields alone: hashes differ between processes."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def part(self, role: str) -> Part:
         """Return the part of the parameter in a role, ``"W"`` or ``"b"``."""
@@ -100,6 +113,10 @@ class Parameters:
     def involved(self, *values: Any) -> set[str]:
         """Return the parameters that arguments of a function share memory with."""
         return {name for tensor in tensors_in(values) for name in self.owners(tensor)}
+
+    def sharing(self, *values: Any) -> list[Tensor]:
+        """Return the tensors among arguments that share memory with parameters."""
+        return [tensor for tensor in tensors_in(values) if self.owners(tensor)]
 
     def usage(self, call: Call) -> Usage | None:
         """Return how a call uses the parameters, or None if it uses them in another way.
@@ -198,15 +215,17 @@ def _extent(tensor: Tensor) -> tuple[int, int]:
     return first, first + int(sum((size - 1) * step for size, step in steps))
 
 
-def tensors_in(items: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors in nested lists, tuples and dicts."""
+def tensors_in(items: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors in nested lists, tuples and dicts."""
+    found: list[Tensor] = []
     for item in items:
         if isinstance(item, Tensor):
-            yield item
+            found.append(item)
         elif isinstance(item, (list, tuple)):
-            yield from tensors_in(item)
-        elif isinstance(item, dict):
-            yield from tensors_in(item.values())
+            found += tensors_in(item)
+        elif isinstance(item, dict) and item:
+            found += tensors_in(item.values())
+    return found
 
 
 __all__ = ["Parameters", "Part", "Usage", "tensors_in"]

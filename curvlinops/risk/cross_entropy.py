@@ -133,6 +133,8 @@ class CrossEntropy(Loss):
                 return (1 - eps) * targets.sum(-1) + eps
             return (1 - eps) * (targets @ w) + eps * w.mean()
         _, kept, target_weight = self._index_targets(F, targets)
+        if not eps:
+            return target_weight
         mean_weight = 1.0 if w is None else w.mean()
         return (1 - eps) * target_weight + eps * mean_weight * kept.to(F.dtype)
 

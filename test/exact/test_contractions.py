@@ -12,6 +12,7 @@ from exact_cases import rand
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu
+from torch.profiler import ProfilerActivity, profile
 
 from curvlinops.contractions import Contractions
 
@@ -97,6 +98,21 @@ def test_without_weight_gradients(name: str) -> None:
         V = [torch.rand_like(g) for g in gradients]
         products.append(torch.autograd.grad(gradients, (x, W, *bias), V))
     torch.testing.assert_close(*products)
+
+
+@pytest.mark.parametrize("name", ["linear, sequence", "conv2d", "conv_transpose2d"])
+def test_tangents_of_biases_are_added_in_place(name: str) -> None:
+    """Not by a copy as large as the output, whose axes may have another order."""
+    function, (x, W, bias) = build(name)
+    with Contractions():
+        y = function(x, W, bias)
+    u = rand(*y.shape).requires_grad_()
+    gradients = torch.autograd.grad(y, (W, bias), u, create_graph=True)
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        (product,) = torch.autograd.grad(gradients, u, [rand(*W.shape), rand(*bias.shape)])
+    sums = [e.name for e in profiler.events() if e.name in ("aten::add", "aten::add_")]
+    assert sums == ["aten::add_"]
+    assert product.is_contiguous()
 
 
 def test_gradients_of_computed_weights_are_not_skipped() -> None:

@@ -209,6 +209,38 @@ def test_second_derivative_of_gelu_in_place(dtype: torch.dtype) -> None:
         torch.testing.assert_close(result, results[-1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("transposing", [False, True])
+def test_the_slope_of_gelu_is_computed_once(transposing: bool) -> None:
+    """It takes longer than all else: for the gradient, and for products with its derivatives."""
+    mode, x, u = Contractions(), rand(4).requires_grad_(), rand(4).requires_grad_()
+    with Operations() as operations:
+        with mode:
+            y = F.gelu(x)
+        with mode.constant_layers() if transposing else nullcontext():
+            (gradient,) = torch.autograd.grad(y, x, u, create_graph=True)
+        wanted = (u,) if transposing else (u, x)
+        for _ in range(2):
+            torch.autograd.grad(gradient, wanted, rand(4), retain_graph=True)
+        (again,) = torch.autograd.grad(y, x, u, retain_graph=True)
+    assert operations.names.count("aten.gelu_backward.default") == 1
+    torch.testing.assert_close(again, gradient)
+    torch.testing.assert_close(again, torch.autograd.grad(F.gelu(x), x, u)[0])
+
+
+def test_the_slope_of_gelu_is_not_a_constant() -> None:
+    """It was computed before a derivative is asked for that depends on it."""
+    x, u = rand(5).requires_grad_(), rand(5).requires_grad_()
+    y = contracted(F.gelu)(x)
+    torch.autograd.grad(y, x, u, create_graph=True)
+
+    def second(y: Tensor) -> tuple[Tensor, ...]:
+        (gradient,) = torch.autograd.grad(y, x, u, create_graph=True)
+        (for_u,) = torch.autograd.grad(gradient.sin().sum(), u, create_graph=True)
+        return torch.autograd.grad(for_u.cos().sum(), (x, u), retain_graph=True)
+
+    torch.testing.assert_close(second(y), second(F.gelu(x)))
+
+
 def test_second_derivative_of_gelu_of_several_columns() -> None:
     """They are multiplied at once, not one after the other after an error."""
     x, g, C = rand(5).requires_grad_(), rand(5).requires_grad_(), rand(3, 5)
