@@ -189,9 +189,7 @@ class _Runner(Interpreter):
 
     def _note_constants(self, output: Any) -> None:
         """Note the detached views among results; they are held, so that their ids stay theirs."""
-        for x in tensors_in([output]):
-            if self._params.owners(x):
-                self._constants[id(x)] = x
+        self._constants |= {id(x): x for x in self._params.sharing(output)}
 
     def _depends(self, name: str, args: Any, result: Any) -> bool:
         """Return whether an operation's result depends on parameters in a differentiable way.

@@ -108,7 +108,7 @@ def test_tangents_of_biases_are_added_in_place(name: str) -> None:
         y = function(x, W, bias)
     u = rand(*y.shape).requires_grad_()
     gradients = torch.autograd.grad(y, (W, bias), u, create_graph=True)
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         (product,) = torch.autograd.grad(gradients, u, [rand(*W.shape), rand(*bias.shape)])
     sums = [e.name for e in profiler.events() if e.name in ("aten::add", "aten::add_")]
     assert sums == ["aten::add_"]
