@@ -36,11 +36,11 @@ class Contractions(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.skipping = self.transposing = False
+        self.skipping = self.transposing = self.cutting = False
 
     @contextmanager
-    def without_weight_gradients(self) -> Iterator[None]:
-        """Take zero for the gradients of weights inside; their derivatives are not affected."""
+    def without_parameter_gradients(self) -> Iterator[None]:
+        """Take zero for gradients of layers' parameters inside; their derivatives stay right."""
         self.skipping = True
         try:
             yield
@@ -56,6 +56,15 @@ class Contractions(TorchFunctionMode):
         finally:
             self.transposing = False
 
+    @contextmanager
+    def without_graphs_of_tangents(self) -> Iterator[None]:
+        """Let layers evaluated inside not record how their tangents depend on anything."""
+        self.cutting = True
+        try:
+            yield
+        finally:
+            self.cutting = False
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -69,13 +78,16 @@ class Contractions(TorchFunctionMode):
 
 
 class _Form:
-    """A trilinear form of g, x and W, which have the given shapes."""
+    """A trilinear form of g, x and W, and a bias, which have the given shapes."""
 
-    def __init__(self, mode: Contractions, x: Tensor, weight: Tensor) -> None:
+    def __init__(
+        self, mode: Contractions, x: Tensor, weight: Tensor, bias: Tensor | None = None
+    ) -> None:
         self.mode = mode
-        # Derivatives of what a weight depends on may need the value of its gradient.
-        self.leaf = weight.is_leaf
         self.shapes = {X: x.shape, W: weight.shape}
+        self.bias_shape = torch.Size() if bias is None else bias.shape
+        # Derivatives of what a parameter depends on may need the value of its gradient.
+        self.leaves = weight.is_leaf and (bias is None or bias.is_leaf)
 
     def contract(self, missing: int, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return the derivative by one argument, given the other two in their order."""
@@ -89,13 +101,71 @@ class _Form:
         """Return the gradient of the bias."""
         raise NotImplementedError(f"{type(self).__name__} does not implement sum.")
 
+    def add(self, total: Tensor, missing: int, a: Tensor, b: Tensor) -> Tensor:
+        """Add what ``contract`` returns, in place."""
+        return total.add_(self.contract(missing, a, b))
+
     def __call__(self, missing: int, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
         """Contract; autograd records it, if it is enabled, as a contraction."""
-        # vmap has no rule for custom functions: PyTorch's derivatives are right, too.
-        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+        if _recording():
             result: Tensor = _Contraction.apply(self, missing, a, b, bias)
             return result
         return self.contract(missing, a, b, bias)
+
+    def gradients(
+        self, missing: int, c: Tensor, a: Tensor, b: Tensor, needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Return those of the inner product of c and a contraction, by a, b, and the bias."""
+        if _recording():
+            result: tuple[Tensor | None, ...] = _Gradients.apply(self, missing, c, a, b, needed)
+            return result
+        return self.contract_both(missing, c, a, b, needed)
+
+    def contract_both(
+        self, missing: int, c: Tensor, a: Tensor, b: Tensor, needed: tuple[bool, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """Return what ``gradients`` does, without a graph."""
+        i, j = _OTHERS[missing]
+        for_a, for_b, for_bias = needed
+        return (
+            self.contract(i, *_ordered(missing, c, j, b)) if for_a else None,
+            self.contract(j, *_ordered(missing, c, i, a)) if for_b else None,
+            self.sum(c) if for_bias else None,
+        )
+
+    def tangent(
+        self,
+        missing: int,
+        a: Tensor,
+        b: Tensor,
+        da: Tensor | None,
+        db: Tensor | None,
+        dbias: Tensor | None,
+        shape: torch.Size,
+    ) -> Tensor:
+        """Return the derivative of a contraction by a, b, and the bias, in given directions.
+
+        Args:
+            missing: The argument by which the form was differentiated.
+            a: The first of the other two.
+            b: The second.
+            da: The direction of a; there is one at least.
+            db: That of b.
+            dbias: That of the bias.
+            shape: The contraction's shape.
+        """
+        if db is None:
+            if da is not None:
+                return self(missing, da, b, dbias)
+            assert dbias is not None
+            return self.spread(dbias).expand(shape).contiguous()
+        total = self(missing, a, db, dbias)
+        if da is None:
+            return total
+        if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
+            # vmap has no rule for addmm_
+            return total + self(missing, da, b)
+        return self.add(total, missing, da, b)
 
 
 class _Linear(_Form):
@@ -106,20 +176,28 @@ class _Linear(_Form):
             return functional.linear(a, b, bias)
         if missing == X:
             return a @ b
-        return a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])
+        return _rows(a).T @ _rows(b)
 
     def spread(self, bias: Tensor) -> Tensor:
         return bias
 
     def sum(self, g: Tensor) -> Tensor:
-        return g.reshape(-1, g.shape[-1]).sum(0)
+        return _rows(g).sum(0)
+
+    def add(self, total: Tensor, missing: int, a: Tensor, b: Tensor) -> Tensor:
+        if missing == W:
+            return total.addmm_(_rows(a).T, _rows(b))
+        _rows(total).addmm_(_rows(a), b.T if missing == G else b)
+        return total
 
 
 class _Convolution(_Form):
     """The form of a convolution: g ``[N, O, *]``, x ``[N, I, *]``, W ``[O, I / groups, *]``."""
 
-    def __init__(self, mode: Contractions, x: Tensor, weight: Tensor, options: Any) -> None:
-        super().__init__(mode, x, weight)
+    def __init__(
+        self, mode: Contractions, x: Tensor, weight: Tensor, bias: Tensor | None, options: Any
+    ) -> None:
+        super().__init__(mode, x, weight, bias)
         self.options = options
 
     def contract(self, missing: int, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -147,48 +225,95 @@ class _Contraction(torch.autograd.Function):
     def forward(
         ctx: Any, form: _Form, missing: int, a: Tensor, b: Tensor, bias: Tensor | None
     ) -> Tensor:
-        ctx.form, ctx.missing = form, missing
+        result = form.contract(missing, a, b, bias)
+        ctx.form, ctx.missing, ctx.shape = form, missing, result.shape
         ctx.save_for_backward(a, b)
         ctx.save_for_forward(a, b)
         ctx.set_materialize_grads(False)
-        if missing == W and form.leaf and form.mode.skipping:
-            return a.new_zeros(()).expand(form.shapes[W])
-        result = form.contract(missing, a, b, bias)
-        ctx.shape = result.shape
         return result
 
     @staticmethod
     def backward(ctx: Any, c: Tensor | None) -> tuple[Tensor | None, ...]:
         if c is None:
             return (None,) * 5
-        form, others = ctx.form, _OTHERS[ctx.missing]
-        saved = ctx.saved_tensors
+        form: _Form = ctx.form
+        a, b = ctx.saved_tensors
         if form.mode.transposing:
-            saved = [x.detach() for x in saved]
-        known = {ctx.missing: c, **dict(zip(others, saved, strict=True))}
-        *_, needs_a, needs_b, needs_bias = ctx.needs_input_grad
-        # First: then its derivative, a broadcast bias, is the last that autograd adds up, in place.
-        # Else the sum would be a copy, whose order of axes is that of the bias.
-        bias = form.sum(c) if needs_bias else None
-        a, b = (
-            form(i, *[known[j] for j in _OTHERS[i]]) if needed else None
-            for i, needed in zip(others, (needs_a, needs_b), strict=True)
-        )
-        return None, None, a, b, bias
+            a, b = a.detach(), b.detach()
+        return None, None, *form.gradients(ctx.missing, c, a, b, ctx.needs_input_grad[2:])
 
     @staticmethod
     def jvp(
         ctx: Any, _: None, __: None, da: Tensor | None, db: Tensor | None, dbias: Tensor | None
     ) -> Tensor:
         a, b = ctx.saved_tensors
-        form, missing = ctx.form, ctx.missing
-        if db is not None:
-            tangent = form.contract(missing, a, db, dbias)
-            return tangent if da is None else tangent + form.contract(missing, da, b)
-        if da is not None:
-            return form.contract(missing, da, b, dbias)
-        assert dbias is not None  # or there is no tangent at all
-        return form.spread(dbias).expand(ctx.shape).contiguous()
+        form: _Form = ctx.form
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not form.mode.cutting):
+            return form.tangent(ctx.missing, a, b, da, db, dbias, ctx.shape)
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients of the inner product of c and a contraction of a and b, and of its bias.
+
+    The derivative by c, in directions of the gradients, is that of the contraction by a and b.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        form: _Form,
+        missing: int,
+        c: Tensor,
+        a: Tensor,
+        b: Tensor,
+        needed: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        ctx.form, ctx.missing = form, missing
+        ctx.save_for_backward(c, a, b)
+        ctx.set_materialize_grads(False)
+        if missing == W or not (form.leaves and form.mode.skipping):
+            return form.contract_both(missing, c, a, b, needed)
+        needs_a, needs_weight, needs_bias = needed
+        for_a, *_ = form.contract_both(missing, c, a, b, (needs_a, False, False))
+        zero = c.new_zeros(())
+        return (
+            for_a,
+            zero.expand(form.shapes[W]) if needs_weight else None,
+            zero.expand(form.bias_shape) if needs_bias else None,
+        )
+
+    @staticmethod
+    def backward(
+        ctx: Any, da: Tensor | None, db: Tensor | None, dbias: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if da is None and db is None and dbias is None:
+            return (None,) * 6
+        form, missing, (i, j) = ctx.form, ctx.missing, _OTHERS[ctx.missing]
+        c, a, b = ctx.saved_tensors
+        for_c, for_a, for_b = ctx.needs_input_grad[2:5]
+        return (
+            *(None, None),
+            form.tangent(missing, a, b, da, db, dbias, c.shape) if for_c else None,
+            form(i, *_ordered(missing, c, j, db)) if for_a and db is not None else None,
+            form(j, *_ordered(missing, c, i, da)) if for_b and da is not None else None,
+            None,
+        )
+
+
+def _recording() -> bool:
+    """Whether autograd records contractions."""
+    # vmap has no rule for custom functions: PyTorch's derivatives are right, too.
+    return torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active()
+
+
+def _ordered(i: int, x: Tensor, j: int, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the arguments i and j of a form in their order."""
+    return (x, y) if i < j else (y, x)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return a tensor ``[..., D]`` as ``[n, D]``; in-place operations reach it if it is dense."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _linear(
@@ -197,7 +322,7 @@ def _linear(
     """Evaluate ``functional.linear``, unless there is something special about it."""
     if is_special(input, weight, bias) or weight.ndim != 2:
         return None
-    return _Linear(mode, input, weight)(G, input, weight, bias)
+    return _Linear(mode, input, weight, bias)(G, input, weight, bias)
 
 
 def _convolution(
@@ -215,7 +340,7 @@ def _convolution(
     if is_special(input, weight, bias) or input.ndim != weight.ndim or isinstance(padding, str):
         return None
     lists = [_repeat(x, d) for x in (stride, padding, dilation)]
-    form = _Convolution(mode, input, weight, (*lists, False, [0] * d, groups))
+    form = _Convolution(mode, input, weight, bias, (*lists, False, [0] * d, groups))
     return form(G, input, weight, bias)
 
 
@@ -238,7 +363,7 @@ def _transposed_convolution(
         _repeat(x, d) for x in (stride, padding, output_padding, dilation)
     )
     options = (stride, padding, dilation, True, output_padding, groups)
-    return _Convolution(mode, input, weight, options)(G, input, weight, bias)
+    return _Convolution(mode, input, weight, bias, options)(G, input, weight, bias)
 
 
 def _repeat(x: Any, d: int) -> list[int]:

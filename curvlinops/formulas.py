@@ -4,6 +4,7 @@ r"""Functions whose derivatives PyTorch computes in more steps than they need.
   normalisation without weight and bias, are symmetric: tangents are what the fused backward kernels
   compute.
 - Second derivatives of layer normalisation and GELU.
+- Derivatives of ``masked_fill``.
 - Numbers in forward mode: in :math:`2 x`, PyTorch takes the number for a tensor with a tangent of
   zeros, and finds out in Python that this changes nothing.
 """
@@ -26,9 +27,15 @@ _gelu_backward: Any = _aten.gelu_backward.default
 
 
 class Mode(Protocol):
-    """What the functions follow: ``transposing`` if only gradients of outputs are variables."""
+    """What the functions follow.
+
+    Attributes:
+        transposing: Whether only gradients of outputs are variables.
+        skipping: Whether zeros are taken for gradients of parameters.
+    """
 
     transposing: bool
+    skipping: bool
 
 
 class _Softmax(torch.autograd.Function):
@@ -74,6 +81,7 @@ class _LayerNorm(torch.autograd.Function):
     ) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.mode, ctx.shape, ctx.eps = mode, shape, eps
+        ctx.leaves = all(t is None or t.is_leaf for t in (weight, bias))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.save_for_forward(x, weight, bias, mean, rstd)
@@ -90,8 +98,9 @@ class _LayerNorm(torch.autograd.Function):
             x, weight = (
                 t.detach() if t is not None and ctx.mode.transposing else t for t in (x, weight)
             )
+            skipping = ctx.leaves and ctx.mode.skipping
             gradients = _LayerNormGradient.apply(
-                g, x, weight, bias, mean, rstd, ctx.shape, ctx.eps, mask
+                *(g, x, weight, bias, mean, rstd, ctx.shape, ctx.eps, mask, skipping)
             )
         else:
             gradients = _layer_norm_backward(g, x, ctx.shape, mean, rstd, weight, bias, mask)
@@ -143,8 +152,14 @@ class _LayerNormGradient(torch.autograd.Function):
         shape: Any,
         eps: float,
         mask: tuple[bool, bool, bool],
+        skipping: bool,
     ) -> tuple[Tensor | None, ...]:
-        gradients = _layer_norm_backward(g, x, shape, mean, rstd, weight, bias, mask)
+        computed = (mask[0], False, False) if skipping else mask
+        gradients = _layer_norm_backward(g, x, shape, mean, rstd, weight, bias, computed)
+        if skipping:
+            zero = x.new_zeros(())
+            zeros = [None if t is None else zero.expand_as(t) for t in (weight, bias)]
+            gradients = gradients[0], *zeros
         dx, dweight, dbias = (each if m else None for each, m in zip(gradients, mask, strict=True))
         ctx.shape, ctx.eps = shape, eps
         ctx.set_materialize_grads(False)
@@ -160,30 +175,32 @@ class _LayerNormGradient(torch.autograd.Function):
         cotangents = (c, c_weight, c_bias)
         if torch.is_grad_enabled():
             found = _layer_norm_third(g, x, weight, ctx.shape, ctx.eps, cotangents)
-            return (*found, *[None] * 6)
+            return (*found, *[None] * 7)
         axes = list(range(x.ndim - len(ctx.shape), x.ndim))
-        normalized = (x - mean) * rstd
-        for_g, for_x, for_weight = [], [], None
+        normalized = (x - mean).mul_(rstd)
+        for_g, for_x, for_weight = None, None, None
         if c is not None:
             product = _project(c, x, ctx.shape, mean, rstd)
-            for_g.append(product if weight is None else product * weight)
+            for_g = product if weight is None else product * weight
             if needs_weight:
                 for_weight = (
                     (g * product).flatten(0, axes[0] - 1).sum(0) if axes[0] else g * product
                 )
             if needs_x:
                 scaled = g if weight is None else g * weight
-                total = normalized * (c * dx).sum(axes, keepdim=True)
-                total = total + product * (scaled * normalized).sum(axes, keepdim=True)
-                total = total + dx * (c * normalized).sum(axes, keepdim=True)
-                for_x.append(total * (rstd / -math.prod(ctx.shape)))
+                for_x = normalized * (c * dx).sum(axes, keepdim=True)
+                for_x.addcmul_(product, (scaled * normalized).sum(axes, keepdim=True))
+                for_x.addcmul_(dx, (c * normalized).sum(axes, keepdim=True))
+                for_x.mul_(rstd / -math.prod(ctx.shape))
         if c_weight is not None:
-            for_g.append(c_weight * normalized)
+            part = c_weight * normalized
+            for_g = part if for_g is None else for_g.add_(part)
             if needs_x:
-                for_x.append(_project(g * c_weight, x, ctx.shape, mean, rstd))
+                part = _project(g * c_weight, x, ctx.shape, mean, rstd)
+                for_x = part if for_x is None else for_x.add_(part)
         if c_bias is not None:
-            for_g.append(c_bias.expand_as(g))
-        return _sum(for_g), _sum(for_x), for_weight, *[None] * 6
+            for_g = c_bias.expand_as(g) if for_g is None else for_g.add_(c_bias)
+        return for_g, for_x, for_weight, *[None] * 7
 
 
 def _project(v: Tensor, x: Tensor, shape: Any, mean: Tensor, rstd: Tensor) -> Tensor:
@@ -235,6 +252,52 @@ def _sum(parts: list[Tensor]) -> Tensor | None:
     return sum(parts[1:], start=parts[0]) if parts else None
 
 
+class _MaskedFill(torch.autograd.Function):
+    """A number in place of the entries in a mask; the others are kept, see ``_cleared``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, kept: Tensor, value: float) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(kept)
+        ctx.save_for_forward(kept)
+        return torch.where(mask, value, x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None if g is None else _cleared(g, *ctx.saved_tensors), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, *_: None) -> Tensor:
+        return _cleared(dx, *ctx.saved_tensors)
+
+
+class _Cleared(torch.autograd.Function):
+    """Zeros in place of the entries in a mask: a linear map, which is its own transpose."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, kept: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(kept)
+        return (x.view(kept.dtype) & kept).view(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if g is None else _cleared(g, *ctx.saved_tensors), None
+
+
+def _cleared(x: Tensor, kept: Tensor) -> Tensor:
+    """Return zeros where no bits are kept, on CPUs in an eighth of the time of ``masked_fill``.
+
+    Args:
+        x: A tensor.
+        kept: Integers of the size of its entries, with all bits or none.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return x.masked_fill(kept == 0, 0)
+    result: Tensor = _Cleared.apply(x, kept)
+    return result
+
+
 class _Gelu(torch.autograd.Function):
     """GELU, without approximation."""
 
@@ -281,9 +344,8 @@ class _GeluBackward(torch.autograd.Function):
         scale, square = 1 / math.sqrt(2 * math.pi), x * x
         if torch.is_grad_enabled():
             return for_g, c * g * (2 - square) * torch.exp(-square / 2) * scale, None
-        half = square.mul_(-0.5)
-        density = half.exp()
-        second = half.add_(1).mul_(density).mul_(2 * scale).mul_(g)
+        density = (square * (-0.5 / math.log(2))).exp2_()  # takes less time than exp
+        second = square.neg_().add_(2).mul_(density).mul_(scale).mul_(g)
         if torch._C._are_functorch_transforms_active():
             # under vmap, c may have an axis that the others lack
             return for_g, second * c, None
@@ -321,7 +383,7 @@ def _saving_is_hooked() -> bool:
 
 def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether formulas are for these tensors."""
-    return not is_special(*tensors) and all(x is None or x.dtype in _DTYPES for x in tensors)
+    return not is_special(*tensors) and all(x is None or x.dtype in _INTEGERS for x in tensors)
 
 
 def _softmax(
@@ -351,6 +413,24 @@ def _layer_norm(
     return result
 
 
+def _masked_fill(mode: Mode, input: Tensor, mask: Tensor, value: Any) -> Tensor | None:
+    """Evaluate ``masked_fill`` with a number and one mask for several examples."""
+    if not isinstance(value, (int, float)) or not _is_plain(input) or not isinstance(mask, Tensor):
+        return None
+    sizes = input.shape[input.ndim - mask.ndim :]
+    fits = mask.ndim <= input.ndim and all(map(_is_broadcast_to, mask.shape, sizes))
+    if not fits or mask.dtype != torch.bool or 4 * mask.numel() > input.numel():
+        return None
+    kept = mask.logical_not().to(_INTEGERS[input.dtype]).neg_()
+    result: Tensor = _MaskedFill.apply(input, mask, kept, value)
+    return result
+
+
+def _is_broadcast_to(size: int, other: int) -> bool:
+    """Whether an axis of some size is broadcast to another."""
+    return size in (1, other)
+
+
 def _gelu(mode: Mode, input: Tensor, approximate: str = "none") -> Tensor | None:
     """Evaluate ``functional.gelu``, except in forward mode."""
     if approximate != "none" or forward_ad._current_level >= 0 or not _is_plain(input):
@@ -373,12 +453,13 @@ def _with_number(function: Any) -> Callable[..., Tensor | None]:
     return evaluate
 
 
-_DTYPES = (torch.float32, torch.float64)
+_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 #: Functions, and what evaluates them in a mode; where that returns None, PyTorch does.
 FUNCTIONS: dict[Any, Callable[..., Tensor | None]] = {
     functional.layer_norm: _layer_norm,
     functional.gelu: _gelu,
+    **dict.fromkeys((torch.masked_fill, Tensor.masked_fill), _masked_fill),
     **dict.fromkeys((functional.softmax, torch.softmax, Tensor.softmax), _softmax),
     **{
         getattr(owner, name): _with_number(getattr(_aten, name).Scalar)

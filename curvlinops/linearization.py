@@ -195,7 +195,9 @@ class Differentiator:
         products: list[Columns] = []
         if self._forward_mode:
             v = _column(names, X, 0)
-            F, JV, pull, aux = linearize(self._contracted(function), theta, v, self._func)
+            cutting = self._contractions.without_graphs_of_tangents
+            with nullcontext() if self._func or recording else cutting():
+                F, JV, pull, aux = linearize(self._contracted(function), theta, v, self._func)
             self._check_forward_mode()
             F, JV, aux = F.detach(), JV if recording else JV.detach(), aux.detach()
             with torch.set_grad_enabled(recording):
@@ -322,7 +324,7 @@ class Differentiator:
 
         def evaluate(theta: Theta) -> tuple[Theta, Tensor]:
             F, pull, aux = vjp(self._contracted(function), theta, self._func)
-            skipping = self._contractions.without_weight_gradients  # of which none is needed
+            skipping = self._contractions.without_parameter_gradients  # of which none is needed
             with nullcontext() if self._func else skipping():
                 return pull(gradient(F, aux)), aux
 

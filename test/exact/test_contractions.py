@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from exact_cases import rand
 from torch import Tensor, nn
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu
 from torch.profiler import ProfilerActivity, profile
 
@@ -65,6 +66,50 @@ def test_derivatives(name: str) -> None:
     assert gradgradcheck(contracted, tensors)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_derivatives_of_higher_order(name: str) -> None:
+    """Finite differences know them; values of parameters' gradients may be left out before."""
+    function, tensors = build(name)
+    mode, found = Contractions(), []
+
+    def gradients(*args: Tensor) -> tuple[Tensor, ...]:
+        with mode:
+            y = function(*args)
+        return torch.autograd.grad(y.pow(3).sum(), args, create_graph=True)
+
+    assert gradgradcheck(gradients, tensors, fast_mode=True)
+    for context in (mode.without_parameter_gradients, nullcontext):
+        torch.manual_seed(1)
+        with context():
+            derivatives = gradients(*tensors)
+            for graph in (True, True, False):
+                value = sum((rand(*d.shape) * d).sum() for d in derivatives)
+                derivatives = torch.autograd.grad(
+                    value, tensors, create_graph=graph, materialize_grads=True
+                )
+        found.append(derivatives)
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear, sequence", "conv2d"])
+def test_several_columns(name: str) -> None:
+    """They are multiplied at once, without warnings of vmap that it has no rule for something."""
+    function, tensors = build(name)
+    with Contractions():
+        y = function(*tensors)
+    u = rand(*y.shape).requires_grad_()
+    gradients = torch.autograd.grad(y, tensors, u, create_graph=True)
+
+    def multiply(cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(gradients, (u, *tensors[:2]), cotangents, retain_graph=True)
+
+    columns = tuple(rand(3, *x.shape) for x in tensors)
+    expected = [multiply(column) for column in zip(*columns, strict=True)]
+    torch.testing.assert_close(
+        torch.vmap(multiply)(columns), tuple(map(torch.stack, zip(*expected, strict=True)))
+    )
+
+
 @pytest.mark.parametrize("constant", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case[3] is not None])
 def test_constant_arguments(name: str, constant: tuple[int, ...]) -> None:
@@ -81,7 +126,7 @@ def test_constant_arguments(name: str, constant: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_without_weight_gradients(name: str) -> None:
+def test_without_parameter_gradients(name: str) -> None:
     """They are zero, but have their derivatives."""
     function, (x, W, *bias) = build(name)
     products = []
@@ -93,38 +138,93 @@ def test_without_weight_gradients(name: str) -> None:
         gradients = torch.autograd.grad(y.pow(3).sum(), (x, W, *bias), create_graph=True)
         mode.skipping = False
         if skip:
-            assert not gradients[1].any()
+            assert not any(g.any() for g in gradients[1:])
         torch.manual_seed(1)
         V = [torch.rand_like(g) for g in gradients]
         products.append(torch.autograd.grad(gradients, (x, W, *bias), V))
     torch.testing.assert_close(*products)
 
 
+@pytest.mark.parametrize("wanted", [(0, 1, 2), (0, 1), (1, 2), (2,)])
 @pytest.mark.parametrize("name", ["linear, sequence", "conv2d", "conv_transpose2d"])
-def test_tangents_of_biases_are_added_in_place(name: str) -> None:
-    """Not by a copy as large as the output, whose axes may have another order."""
-    function, (x, W, bias) = build(name)
+def test_derivatives_by_gradients_of_outputs_have_no_extra_sums(
+    name: str, wanted: tuple[int, ...]
+) -> None:
+    """Linear layers add a product to a product, and none has to add a bias in a pass of its own."""
+    function, tensors = build(name)
     with Contractions():
-        y = function(x, W, bias)
+        y = function(*tensors)
     u = rand(*y.shape).requires_grad_()
-    gradients = torch.autograd.grad(y, (W, bias), u, create_graph=True)
+    inputs = [tensors[i] for i in wanted]
+    gradients = torch.autograd.grad(y, inputs, u, create_graph=True)
+    cotangents = [rand(*x.shape) for x in inputs]
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        (product,) = torch.autograd.grad(gradients, u, [rand(*W.shape), rand(*bias.shape)])
-    sums = [e.name for e in profiler.events() if e.name in ("aten::add", "aten::add_")]
-    assert sums == ["aten::add_"]
+        (product,) = torch.autograd.grad(gradients, u, cotangents)
+    sums = [
+        e.name
+        for e in profiler.events()
+        if e.name in ("aten::add", "aten::add_") and "conv" not in getattr(e.cpu_parent, "name", "")
+    ]
+    assert sums == ["aten::add_"] * (name != "linear, sequence" and {0, 1} <= {*wanted})
     assert product.is_contiguous()
 
 
-def test_gradients_of_computed_weights_are_not_skipped() -> None:
-    """Their values take part in derivatives by what the weight was computed from."""
-    x, factor = rand(3, 2), rand(4, 2).requires_grad_()
+@pytest.mark.parametrize("computed", [0, 1])
+def test_gradients_of_computed_parameters_are_not_skipped(computed: int) -> None:
+    """Their values take part in derivatives by what a parameter was computed from."""
+    x, W, bias = rand(3, 2), rand(4, 2).requires_grad_(), rand(4).requires_grad_()
+    factor = [W, bias][computed]
+
+    def layer() -> Tensor:
+        return F.linear(x, *(p**2 if p is factor else p for p in (W, bias)))
+
     mode = Contractions()
     with mode:
-        y = F.linear(x, factor**2)
-    with mode.without_weight_gradients():
+        y = layer()
+    with mode.without_parameter_gradients():
         (gradient,) = torch.autograd.grad(y.pow(2).sum(), factor, create_graph=True)
-    (expected,) = torch.autograd.grad((x @ (factor**2).T).pow(2).sum(), factor)
+    (expected,) = torch.autograd.grad(layer().pow(2).sum(), factor)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("sizes", [(2, 0), (0, 3), (0, 0)])
+def test_layers_without_features(sizes: tuple[int, int]) -> None:
+    """PyTorch has them."""
+    x, W = rand(4, sizes[0]).requires_grad_(), rand(sizes[1], sizes[0]).requires_grad_()
+    bias, u = rand(sizes[1]).requires_grad_(), rand(4, sizes[1]).requires_grad_()
+    derivatives = []
+    for mode in (Contractions(), nullcontext()):
+        with mode:
+            y = F.linear(x, W, bias)
+        gradients = torch.autograd.grad(y, (x, W, bias), u, create_graph=True)
+        cotangents = [torch.ones_like(g) for g in gradients]
+        second = torch.autograd.grad(
+            gradients, (u, x, W), cotangents, allow_unused=True, materialize_grads=True
+        )
+        derivatives.append([y, *gradients, *second])
+    torch.testing.assert_close(*derivatives)
+
+
+@pytest.mark.parametrize("cutting", [False, True])
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+def test_graphs_of_tangents(name: str, cutting: bool) -> None:
+    """They are recorded unless nobody needs them; functions have graphs in both cases."""
+    function, tensors = build(name)
+    directions = [rand(*x.shape).requires_grad_() for x in tensors]
+    mode = Contractions()
+    with forward_ad.dual_level():
+        duals = map(forward_ad.make_dual, tensors, directions)
+        with mode, mode.without_graphs_of_tangents() if cutting else nullcontext():
+            y, tangent = forward_ad.unpack_dual(function(*duals))
+    assert y.requires_grad
+    assert tangent.requires_grad is not cutting
+    if not cutting:
+        found = torch.autograd.grad(tangent.sum(), (*directions, *tensors), allow_unused=True)
+        y = function(*tensors)
+        u = torch.ones_like(y).requires_grad_()
+        expected = torch.autograd.grad(y, tensors, u, create_graph=True)
+        second = torch.autograd.grad(expected, tensors, directions, allow_unused=True)
+        torch.testing.assert_close(found, (*expected, *second))
 
 
 def special() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

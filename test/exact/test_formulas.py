@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -17,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlinops.contractions import Contractions
 
+MASK = torch.tensor([[0, 1, 0, 0], [1, 0, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
+
 #: Functions that are evaluated by formulas in forward mode, and shapes of their arguments.
 FORWARD: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "softmax": (lambda x: x.softmax(-1), [(2, 3, 4)]),
@@ -29,6 +32,12 @@ FORWARD: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         [(2, 3, 4), (3, 4), (3, 4)],
     ),
     "layer norm, plain": (lambda x: F.layer_norm(x, (4,)), [(3, 4)]),
+    "masked fill": (lambda x: x.masked_fill(MASK, -2.5).sin(), [(5, 3, 4)]),
+    "masked fill, infinite": (
+        lambda x: torch.masked_fill(x, mask=MASK[:1], value=-math.inf).softmax(-1),
+        [(2, 3, 4)],
+    ),
+    "masked fill, axis of size one": (lambda x: x.masked_fill(MASK[:, :1], 1), [(5, 3, 4)]),
     "numbers": (lambda x: (2 * x - 1.5) / 3 + torch.mul(x, 2) + (1 + x), [(2, 3)]),
 }
 
@@ -151,6 +160,39 @@ def test_second_derivatives_of_layer_norm(variable: int, transposing: bool) -> N
     torch.testing.assert_close(actual, derivatives(nullcontext()))
 
 
+@pytest.mark.parametrize("name", ["layer norm", "layer norm, two axes", "layer norm, no bias"])
+def test_without_gradients_of_parameters(name: str) -> None:
+    """They are zero, but have their derivatives."""
+    shapes = FORWARD[name][1]
+    tensors, cotangents = ([rand(*s) for s in shapes] for _ in range(2))
+    products = []
+    for skipping in (False, True):
+        x, *parameters = (t.clone().requires_grad_() for t in tensors)
+        mode = Contractions()
+        with mode:
+            y = FORWARD[name][0](x, *parameters).pow(3).sum()
+        with mode.without_parameter_gradients() if skipping else nullcontext():
+            gradients = torch.autograd.grad(y, (x, *parameters), create_graph=True)
+        assert not skipping or not any(g.any() for g in gradients[1:])
+        products.append(torch.autograd.grad(gradients, (x, *parameters), cotangents))
+    torch.testing.assert_close(*products)
+
+
+@pytest.mark.parametrize("computed", [0, 1])
+def test_gradients_of_computed_parameters_are_not_skipped(computed: int) -> None:
+    """Their values take part in derivatives by what a parameter was computed from."""
+    x, parameters = rand(3, 4), [rand(4).requires_grad_() for _ in range(2)]
+    squared = [p**2 if i == computed else p for i, p in enumerate(parameters)]
+    mode, gradients = Contractions(), []
+    for context in (mode, nullcontext()):
+        with context:
+            y = F.layer_norm(x, (4,), *squared)
+        with mode.without_parameter_gradients():
+            loss = y.pow(2).sum()
+            gradients += torch.autograd.grad(loss, parameters[computed], create_graph=True)
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("name", ["layer norm", "layer norm, two axes", "layer norm, plain"])
 def test_third_derivatives_of_layer_norm(name: str) -> None:
     """Those of PyTorch are wrong, so that finite differences have to tell."""
@@ -171,6 +213,19 @@ def test_third_derivatives_of_layer_norm(name: str) -> None:
         for record in (True, False)
     )
     torch.testing.assert_close(second, expected)
+
+
+def test_masked_entries_have_no_gradients() -> None:
+    """Not even where those of the output are infinite or no numbers; also not for columns."""
+    x = rand(5, 3, 4).requires_grad_()
+    u = rand(5, 3, 4)
+    u[:, MASK], u[0, ~MASK] = math.nan, math.inf
+    y = contracted(lambda x: x.masked_fill(MASK, 0))(x)
+    assert "_MaskedFill" in type(y.grad_fn).__name__
+    (gradient,) = torch.autograd.grad(y, x, u, retain_graph=True)
+    assert torch.equal(gradient, u.masked_fill(MASK, 0))
+    pull = lambda u: torch.autograd.grad(y, x, u, retain_graph=True)[0]  # noqa: E731
+    assert torch.equal(torch.vmap(pull)(torch.stack([u, -u])), torch.stack([gradient, -gradient]))
 
 
 def test_gelu() -> None:
@@ -283,6 +338,12 @@ LEFT: dict[str, Callable[[Tensor], Tensor]] = {
     "two tensors": lambda x: x * x,
     "option": lambda x: torch.add(x, 1, alpha=2),
     "dtype": lambda x: x.softmax(0, dtype=torch.float32),
+    "mask of all entries": lambda x: x.masked_fill(torch.tensor([0, 1, 0, 1, 1]).bool(), 0),
+    "mask with more axes": lambda x: x.masked_fill(torch.tensor([[True]]), 0),
+    "mask that the input is broadcast to": lambda x: (
+        x[:1].expand(1, 8, 1).masked_fill(torch.tensor([True, False]), 1)
+    ),
+    "filled with a tensor": lambda x: x.expand(4, 5).masked_fill(torch.tensor([True]), x[0]),
 }
 
 
