@@ -199,6 +199,11 @@ class RiskLinearOperator(ModelLinearOperator):
         """Whether a product depends on the order of the data."""
         return False
 
+    @property
+    def _uses_forward_mode(self) -> bool:
+        """Whether a product may use forward mode."""
+        return True
+
     def _purpose(self) -> str:
         """Return what must be the same on all ranks, besides the arguments of the risk."""
         return type(self).__name__
@@ -232,7 +237,8 @@ class RiskLinearOperator(ModelLinearOperator):
         if kept is not None:
             kept.start(self._risk.dependencies())
         with torch.inference_mode(False), torch.set_grad_enabled(recording):
-            X = [_with_own_columns(x, kept is None) for x in X]
+            copy = self._uses_forward_mode and kept is None
+            X = [_with_own_columns(x, copy) for x in X]
 
         def multiply(batch: Batch) -> tuple[list[Tensor], Tensor | float]:
             product = None if kept is None else self._multiply_kept(kept, batch, X, counter)

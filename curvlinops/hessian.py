@@ -37,6 +37,10 @@ class HessianLinearOperator(RiskLinearOperator):
         tensor([2., 4.])
     """
 
+    @property
+    def _uses_forward_mode(self) -> bool:
+        return False
+
     def _multiply_batch(
         self, batch: Batch, X: Columns, counter: TermCounter, recording: bool
     ) -> tuple[Columns, Tensor | float]:
