@@ -37,12 +37,18 @@ class Event:
             gradient = gradient * self.positions.weights.unsqueeze(-1)
         return gradient
 
-    def inputs(self, plan: GroupPlan, dtype: torch.dtype, examples: slice = slice(None)) -> Tensor:
+    def inputs(
+        self,
+        plan: GroupPlan,
+        dtype: torch.dtype,
+        examples: slice = slice(None),
+        constant: bool = True,
+    ) -> Tensor:
         """Return the inputs ``[n, S, groups, d_in]``, with the constant one of a joint bias."""
         assert self.positions is not None
         rows = self.positions.expanded()[examples].to(dtype)
         rows = rows.unflatten(-1, (plan.format.groups, -1))
-        if not plan.joint:
+        if not plan.joint or not constant:
             return rows
         ones = rows.new_full((*rows.shape[:-1], 1), float(self.usage.bias is not None))
         if rows.stride(-1) == 1:
@@ -68,9 +74,9 @@ class Group:
     events: list[Event] = field(default_factory=list)
 
     def add(self, block: int, new: Tensor) -> None:
-        """Add to the result for a block."""
+        """Add to the result for a block, which may become the memory of the first summand."""
         before = self.totals[block]
-        self.totals[block] = new if before is None else before + new
+        self.totals[block] = new.contiguous() if before is None else before.add_(new)
 
 
 G = TypeVar("G", bound=Group)

@@ -192,12 +192,16 @@ class Moment:
         self._size = 0  # of the blocks on the diagonal, if entries below them are missing
 
     def update(self, rows: Tensor, ones: float | None = None) -> None:
-        """Add rows ``[r, groups * d]``, with a constant column appended unless ``ones`` is None."""
-        num_rows = rows.shape[0]
+        """Add rows ``[..., groups * d]``, with a constant column appended unless ones is None."""
         rows = widened(rows) if self.dtype is None else rows.to(self.dtype)
         if self.groups == 1 and not self.diagonal:
-            self._accumulate(rows, ones)
+            if ones is None and _has_short_columns(rows):
+                self._accumulate_columns(rows)
+            else:
+                self._accumulate(flat_rows(rows), ones)
             return
+        rows = flat_rows(rows)
+        num_rows = rows.shape[0]
         if self.groups == 1:
             new, sums = (rows**2).sum(0), None
         else:
@@ -225,6 +229,13 @@ class Moment:
         if ones is not None:
             self.total[:d, d].add_(rows.sum(0), alpha=ones)
             self.total[d, d].add_(num_rows * ones**2)
+
+    def _accumulate_columns(self, rows: Tensor) -> None:
+        """Add ``[..., S, d]`` that are stored by columns, without a copy by rows."""
+        columns = rows.flatten(0, -3).mT  # [n, d, S]
+        total = torch.bmm(columns, columns.mT).sum(0)
+        self.count += rows.shape[:-1].numel()
+        self.total = total if self.total is None else self.total.add_(total)
 
     def symmetric(self) -> Tensor | None:
         """Return the sum with what is below its diagonal, in place."""
@@ -300,6 +311,14 @@ class Moment:
         column = ones * sums  # [..., d]
         top = torch.cat([new, column.unsqueeze(-1)], dim=-1)
         return torch.cat([top, torch.cat([column, corner], dim=-1).unsqueeze(-2)], dim=-2)
+
+
+def _has_short_columns(rows: Tensor) -> bool:
+    """Whether rows ``[..., S, d]`` are stored by columns, and small products with them pay."""
+    if rows.ndim < 3:
+        return False
+    S, d = rows.shape[-2:]
+    return rows.stride(-1) != 1 == rows.stride(-2) and d <= S and d < 128
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, beta: float) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from curvlinops.computers.attested import attest
 from curvlinops.computers.plan import GroupPlan, Rows
-from curvlinops.computers.positions import Moment, Positions, flat_rows, widened
+from curvlinops.computers.positions import Moment, Positions, widened
 from curvlinops.computers.usages import Part, Usage
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.kfac_utils import KFACType
@@ -119,7 +119,7 @@ class CovarianceStatistic:
         for groups in {groups for _, _, groups in wanted}:
             width = gradient.shape[-1] // groups
             moment = self._moment(("gradient", usage, groups), width, groups)
-            moment.update(flat_rows(gradient))
+            moment.update(gradient)
 
     def _add_norm(self, usage: Usage, index: int, gradient: Tensor) -> None:
         """Add the gradients of a normalisation layer's weight and bias ``[V, n, d]``."""
