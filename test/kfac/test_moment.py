@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from curvlinops import KFACLinearOperator
 from curvlinops.computers.positions import Moment
@@ -46,6 +47,35 @@ def test_more_after_it_was_made_symmetric(d: int):
     moment.update(X[2:], 1.0)
     X = torch.cat([X, X.new_ones(5, 1)], dim=1)
     torch.testing.assert_close(moment.symmetric(), X.T @ X)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("ones", [None, 1.0])
+@pytest.mark.parametrize("S", [2, 130])
+@pytest.mark.parametrize("d", [1, 3, 127, 128, 130])
+def test_rows_of_positions(d: int, S: int, ones: float | None, dtype: torch.dtype):
+    """Tensors with more axes, stored by rows, by columns as images are, and mixed in a sum."""
+    moment, parts = Moment(), []
+    for by_columns in (True, False, True):
+        X = rows(3 * 2 * S, d, dtype).unflatten(0, (3, 2, S))
+        moment.update(X.mT.contiguous().mT if by_columns else X, ones)
+        X = X.flatten(0, -2).to(torch.promote_types(dtype, torch.float32))
+        parts.append(X if ones is None else torch.cat([X, X.new_ones(len(X), 1)], dim=1))
+    X = torch.cat(parts)
+    assert moment.count == len(X)
+    total = moment.symmetric()
+    assert total is not None and total.dtype == X.dtype
+    torch.testing.assert_close(total.double(), X.double().T @ X.double(), rtol=1e-5, atol=1e-3)
+
+
+def test_gradients_of_images_are_not_copied():
+    """The sum over their pixels takes the time of a product, not of moving them in memory."""
+    X = rows(2 * 4 * 100, 5).unflatten(0, (2, 4, 100)).mT.contiguous().mT
+    moment = Moment()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        moment.update(X)
+    copies = [e for e in profiler.events() if e.name in ("aten::clone", "aten::copy_", "aten::cat")]
+    assert not copies
 
 
 def test_half_precision_is_summed_in_float32():
