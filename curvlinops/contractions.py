@@ -187,6 +187,8 @@ class _Linear(_Form):
     def add(self, total: Tensor, missing: int, a: Tensor, b: Tensor) -> Tensor:
         if missing == W:
             return total.addmm_(_rows(a).T, _rows(b))
+        if not total.is_contiguous():
+            return super().add(total, missing, a, b)
         _rows(total).addmm_(_rows(a), b.T if missing == G else b)
         return total
 
@@ -312,7 +314,7 @@ def _ordered(i: int, x: Tensor, j: int, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return a tensor ``[..., D]`` as ``[n, D]``; in-place operations reach it if it is dense."""
+    """Return a tensor ``[..., D]`` as ``[n, D]``, a view if it is contiguous."""
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 

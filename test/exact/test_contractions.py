@@ -15,7 +15,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.autograd.graph import save_on_cpu
 from torch.profiler import ProfilerActivity, profile
 
-from curvlinops.contractions import Contractions
+from curvlinops.contractions import Contractions, _Linear
 
 #: Function, shapes of x, W and bias, options.
 CASES: dict[str, tuple[Any, Any, Any, Any, dict[str, Any]]] = {
@@ -185,6 +185,36 @@ def test_gradients_of_computed_parameters_are_not_skipped(computed: int) -> None
         (gradient,) = torch.autograd.grad(y.pow(2).sum(), factor, create_graph=True)
     (expected,) = torch.autograd.grad(layer().pow(2).sum(), factor)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("axes", [(0, 1, 2), (1, 0, 2), (2, 1, 0), (0, 2, 1)])
+def test_orders_of_axes(axes: tuple[int, int, int], bias: bool) -> None:
+    """Inputs, gradients and sums of products may be stored in any order."""
+
+    def stored(x: Tensor) -> Tensor:
+        return x.permute(axes).contiguous().permute([axes.index(i) for i in range(3)])
+
+    x, u = stored(rand(3, 4, 5)).requires_grad_(), stored(rand(3, 4, 2)).requires_grad_()
+    parameters = [rand(2, 5).requires_grad_(), rand(2).requires_grad_()][: 1 + bias]
+    cotangents = [stored(rand(3, 4, 5)), *(rand(*p.shape) for p in parameters)]
+    found = []
+    for mode in (Contractions(), nullcontext()):
+        with mode:
+            y = F.linear(x, *parameters)
+        gradients = torch.autograd.grad(y, (x, *parameters), u, create_graph=True)
+        found.append(torch.autograd.grad(gradients, (u, x, parameters[0]), cotangents))
+    torch.testing.assert_close(*found)
+
+
+def test_sums_are_added_to_where_they_are() -> None:
+    """Also if a product is stored in another order than usual."""
+    form = _Linear(Contractions(), rand(3, 4, 5), rand(2, 5))
+    total = rand(4, 3, 2).transpose(0, 1)
+    x, W = rand(3, 4, 5), rand(2, 5)
+    expected = total + F.linear(x, W)
+    assert form.add(total, 0, x, W) is total
+    torch.testing.assert_close(total, expected)
 
 
 @pytest.mark.parametrize("sizes", [(2, 0), (0, 3), (0, 0)])
