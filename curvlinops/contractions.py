@@ -14,7 +14,7 @@ of a network's input by the weight of its first layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -38,32 +38,26 @@ class Contractions(TorchFunctionMode):
         super().__init__()
         self.skipping = self.transposing = self.cutting = False
 
-    @contextmanager
-    def without_parameter_gradients(self) -> Iterator[None]:
+    def without_parameter_gradients(self) -> AbstractContextManager[None]:
         """Take zero for gradients of layers' parameters inside; their derivatives stay right."""
-        self.skipping = True
-        try:
-            yield
-        finally:
-            self.skipping = False
+        return self._switched_on("skipping")
 
-    @contextmanager
-    def constant_layers(self) -> Iterator[None]:
+    def constant_layers(self) -> AbstractContextManager[None]:
         """Record inside how gradients depend on those of the output, and on nothing else."""
-        self.transposing = True
-        try:
-            yield
-        finally:
-            self.transposing = False
+        return self._switched_on("transposing")
+
+    def without_graphs_of_tangents(self) -> AbstractContextManager[None]:
+        """Let layers evaluated inside not record how their tangents depend on anything."""
+        return self._switched_on("cutting")
 
     @contextmanager
-    def without_graphs_of_tangents(self) -> Iterator[None]:
-        """Let layers evaluated inside not record how their tangents depend on anything."""
-        self.cutting = True
+    def _switched_on(self, switch: str) -> Iterator[None]:
+        """Switch on one of the attributes inside."""
+        setattr(self, switch, True)
         try:
             yield
         finally:
-            self.cutting = False
+            setattr(self, switch, False)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

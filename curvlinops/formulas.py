@@ -418,17 +418,14 @@ def _masked_fill(mode: Mode, input: Tensor, mask: Tensor, value: Any) -> Tensor 
     if not isinstance(value, (int, float)) or not _is_plain(input) or not isinstance(mask, Tensor):
         return None
     sizes = input.shape[input.ndim - mask.ndim :]
-    fits = mask.ndim <= input.ndim and all(map(_is_broadcast_to, mask.shape, sizes))
+    fits = mask.ndim <= input.ndim and all(
+        m in (1, n) for m, n in zip(mask.shape, sizes, strict=True)
+    )
     if not fits or mask.dtype != torch.bool or 4 * mask.numel() > input.numel():
         return None
     kept = mask.logical_not().to(_INTEGERS[input.dtype]).neg_()
     result: Tensor = _MaskedFill.apply(input, mask, kept, value)
     return result
-
-
-def _is_broadcast_to(size: int, other: int) -> bool:
-    """Whether an axis of some size is broadcast to another."""
-    return size in (1, other)
 
 
 def _gelu(mode: Mode, input: Tensor, approximate: str = "none") -> Tensor | None:

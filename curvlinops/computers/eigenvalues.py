@@ -84,8 +84,7 @@ class EigenvalueStatistic(GroupStatistic[_Group]):
             last: Their last column ``[n, o]``, if they lack it.
         """
         Q_g, Q_a = group.bases[block]
-        if Q_a is not None:
-            matrices = _rotated_inputs(matrices, Q_a, last=last)
+        matrices = _rotated_inputs(matrices, Q_a, last=last)
         if Q_g is not None:
             matrices = Q_g.to(matrices.dtype).T @ matrices
         self._add_squares(group, block, matrices.square_().sum(0))
@@ -153,8 +152,7 @@ class EigenvalueStatistic(GroupStatistic[_Group]):
                     last = part.sum(1) if one else None
                     self._add_matrices(group, block, part.mT @ a[examples], last)
             return
-        if Q_a is not None:
-            a = _rotated_inputs(a, Q_a, one)
+        a = _rotated_inputs(a, Q_a, one)
         if group.calls == 1 and V > 1:
             group.rotated[block] = a
         self._add_squares(group, block, _squares(_rotated(g, Q_g), a))
@@ -177,13 +175,13 @@ def _squared(rows: Tensor, Q: Tensor | None) -> Tensor:
 
 
 def _rotated_inputs(
-    rows: Tensor, Q: Tensor, one: bool = False, last: Tensor | None = None
+    rows: Tensor, Q: Tensor | None, one: bool = False, last: Tensor | None = None
 ) -> Tensor:
     """Return the coordinates of inputs, or of rows of gradients, in a basis of inputs.
 
     Args:
         rows: Tensor ``[..., r, d]``, or ``[..., r, d - 1]`` without the last column.
-        Q: The basis ``[d, d]``.
+        Q: The basis ``[d, d]``; None for an identity, where no column lacks.
         one: Whether the last column lacks, and is one.
         last: The last column ``[..., r]``, if it lacks, and is something else.
 
@@ -191,6 +189,8 @@ def _rotated_inputs(
         Tensor ``[..., r, d]``, or more columns, of zeros: where there are many rows, products with
         widths that are multiples of 8 take up to a third less time.
     """
+    if Q is None:
+        return rows
     Q, d = Q.to(rows.dtype), len(Q)
     if rows.shape[:-1].numel() > 4 * d:
         Q = functional.pad(Q, (0, -d % 8))
