@@ -219,8 +219,9 @@ def make_compute_kfac_batch(
         same shapes. ``uniforms`` are numbers in (0, 1), float64 on the parameters' device: for
         ``"mc"`` those of the samples, ``[m, mc_samples * draws]`` for m loss terms; for
         ``"type-2"`` and ``"empirical"`` with several loss terms per example those of the random
-        signs (-1 below 1/2, else 1), ``[m, num_vectors]``. By default they come from torch's global
-        random number generator. Otherwise there are none.
+        signs (-1 below 1/2, else 1), ``[m, num_vectors]``, where the vectors are the columns of the
+        loss Hessian's root (one less than classes for cross-entropy), or the gradient. By default
+        they come from torch's global random number generator. Otherwise there are none.
 
     Raises:
         NotImplementedError: If parameters are not in supported layers, or what the model computes

@@ -13,7 +13,6 @@ from curvlinops.risk.loss import (
     check_floating,
     column_indices,
     constant,
-    unit_vectors,
 )
 
 
@@ -26,8 +25,14 @@ class CrossEntropy(Loss):
     .. math::
         \ell = -\sum_c a_c \log p_c\,,\quad
         \nabla_f \ell = k p - a\,,\quad
-        \nabla_f^2 \ell = k (\mathrm{diag}(p) - p p^\top)\,,\quad
-        S = \sqrt{k} (\mathrm{diag}(\sqrt{p}) - p \sqrt{p}^\top)\,.
+        \nabla_f^2 \ell = k (\mathrm{diag}(p) - p p^\top)\,.
+
+    Adding a constant to all logits changes nothing, so that the Hessian has rank :math:`C - 1`, and
+    a root with as many columns: for each class c but the likeliest one, M,
+
+    .. math::
+        s_c = \sqrt{k p_c} (e_c - q)\,,\quad
+        q_i = \frac{p_i}{1 + \sqrt{p_M}} \text{ for } i \neq M\,,\quad q_M = \sqrt{p_M}\,.
 
     Without options, :math:`a = e_y` and :math:`k = 1`. With class weights :math:`w` and smoothing
     :math:`\varepsilon`, index targets have
@@ -166,12 +171,25 @@ class CrossEntropy(Loss):
         return self._in_chunks(multiply, F, targets, V, entries=V.numel())
 
     def root_columns(self, F: Tensor, targets: Tensor, columns: Columns = None) -> Tensor:
-        """Evaluate columns √(k p_c) (e_c - p)."""
-        units = unit_vectors(F, columns)  # [V, C]
+        """Evaluate columns √(k p_c) (e_c - q); the last class takes the place of M, which has none.
+
+        They are those of √k diag(√p) U, where U has orthonormal columns, all of them orthogonal to
+        √p: it is the Householder reflection of √p to -e_M without column M.
+        """
+        C = F.shape[-1]
         p = F.softmax(-1)
-        scales = (self.weight(F, targets).unsqueeze(-1) * p).sqrt()  # [m, C]
-        scales = scales[:, column_indices(F, columns)].T  # [V, m]
-        return scales.unsqueeze(-1) * (units.unsqueeze(1) - p)
+        largest, likeliest = p.max(-1, keepdim=True)  # [m, 1]
+        root = largest.sqrt()
+        q = (p / (1 + root)).scatter(-1, likeliest, root)
+        slots = column_indices(F, columns, self.num_columns(C)).unsqueeze(-1)  # [V, 1]
+        classes = torch.where(slots == likeliest.T, C - 1, slots).unsqueeze(-1)  # [V, m, 1]
+        kp = (self.weight(F, targets).unsqueeze(-1) * p).expand(len(classes), -1, -1)
+        scales = kp.gather(-1, classes).sqrt()  # [V, m, 1]
+        return (-scales * q).scatter_add_(-1, classes, scales)
+
+    def num_columns(self, C: int) -> int:
+        """One less than classes, as adding a constant to all predictions changes nothing."""
+        return max(C - 1, 1)
 
     def draws(self, C: int) -> int:
         """One uniform draws one class."""

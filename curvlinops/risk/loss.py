@@ -387,16 +387,17 @@ def constant(option: Tensor | None) -> Tensor | None:
         return option.clone()
 
 
-def column_indices(F: Tensor, columns: Columns) -> Tensor:
-    """Return the selected ones ``[V]`` of ``C`` columns."""
-    indices = torch.arange(F.shape[-1], device=F.device)
+def column_indices(F: Tensor, columns: Columns, number: int) -> Tensor:
+    """Return the selected ones ``[V]`` of a number of columns."""
+    indices = torch.arange(number, device=F.device)
     return indices if columns is None else indices[columns]
 
 
 def unit_vectors(F: Tensor, columns: Columns) -> Tensor:
     """Return the unit vectors ``[V, C]`` of the selected columns."""
-    indices = torch.arange(F.shape[-1], device=F.device)
-    return (column_indices(F, columns).unsqueeze(-1) == indices).to(F.dtype)
+    C = F.shape[-1]
+    indices = torch.arange(C, device=F.device)
+    return (column_indices(F, columns, C).unsqueeze(-1) == indices).to(F.dtype)
 
 
 def check_floating(name: str, f: Tensor) -> None:

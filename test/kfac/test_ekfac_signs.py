@@ -53,9 +53,10 @@ def mixing(loss: str) -> Setup:
     return Setup(model, losses[loss], dict(model.named_parameters()), [(X, y)])
 
 
-def patterns(fisher_type: str) -> list[Tensor]:
+def patterns(loss: str, fisher_type: str) -> list[Tensor]:
     """Return all signs ``[R, V]`` of R loss terms and V columns."""
-    num_vectors = CLASSES if fisher_type == "type-2" else 1
+    columns = {"mse": CLASSES, "ce": CLASSES - 1}
+    num_vectors = columns[loss] if fisher_type == "type-2" else 1
     return [
         torch.tensor(pattern, dtype=torch.float64).reshape(R, num_vectors)
         for pattern in itertools.product([-1.0, 1.0], repeat=R * num_vectors)
@@ -98,7 +99,7 @@ def test_kfac_is_unbiased(
         blocks = reference_blocks(problem, joint, fisher_type, approx)
         mean = [torch.zeros_like(block.dense) for block in blocks]
         differ = [0.0] * len(blocks)
-        every = patterns(fisher_type)
+        every = patterns(loss, fisher_type)
         for signs in every:
             purposes = given_signs(monkeypatch, signs=signs)
             K = KFACLinearOperator(**problem.kwargs(), fisher_type=fisher_type, **options)
@@ -121,7 +122,7 @@ def test_ekfac_is_unbiased(
 ) -> None:
     """In a basis that some signs gave, the mean over those of the second pass is exact."""
     problem = mixing(loss)
-    every = patterns(fisher_type)
+    every = patterns(loss, fisher_type)
     options = {"kfac_approx": approx, "separate_weight_and_bias": False}
     blocks = reference_blocks(problem, True, fisher_type, approx)
     mean: list[Any] = [0] * len(blocks)
@@ -171,7 +172,7 @@ def test_signs_of_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = setup("attention-lengths", "ce")
     EKFACLinearOperator(**problem.kwargs(), fisher_type="type-2")
     # batches of 2, 1 and 2 sequences of 2, 1 and 2 positions; those with R = 1 draw none
-    places = [(0, 4, 3), (5, 4, 3)]
+    places = [(0, 4, 2), (5, 4, 2)]
     assert asked == [(p, *place) for p in ("signs", "eigenvalue-signs") for place in places]
     a, b = (right(RandomSource(3), purpose, 0, 8, 8) for purpose in ("signs", "eigenvalue-signs"))
     assert 16 < (a == b).sum() < 48  # they are others
@@ -181,10 +182,10 @@ def test_signs_of_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "count"),
     [
-        ({"fisher_type": "type-2"}, 3),
+        ({"fisher_type": "type-2"}, 2),
         ({"fisher_type": "empirical"}, 1),
         ({"fisher_type": "mc", "mc_samples": 5}, 5),
-        ({"fisher_type": "type-2", "loss_terms": "exact"}, 3 * 4),
+        ({"fisher_type": "type-2", "loss_terms": "exact"}, 2 * 4),
         ({"fisher_type": "empirical", "loss_terms": "exact"}, 4),
         ({"fisher_type": "mc", "mc_samples": 5, "loss_terms": "exact"}, 5),
     ],
@@ -194,7 +195,7 @@ def test_signs_of_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_number_of_backward_passes(
     recorded: bool, cls: Any, options: dict[str, Any], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Vectors are columns (C = 3) or gradients; the exact mode has R = 4 times as many.
+    """Vectors are columns (classes less one) or gradients; the exact mode has R = 4 times as many.
 
     EKFAC needs them twice, with other signs; or else keeps what it needs, if there is room.
     """

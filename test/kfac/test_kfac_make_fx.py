@@ -505,7 +505,7 @@ def uniforms_of(problem: Setup, options: dict[str, Any], purpose: str = "signs")
     kind = options["fisher_type"]
     if kind == "forward-only" or (kind != "mc" and num_terms == n):
         return None
-    draws = {"mc": options.get("mc_samples", 1), "type-2": num_classes, "empirical": 1}[kind]
+    draws = {"mc": options.get("mc_samples", 1), "type-2": num_classes - 1, "empirical": 1}[kind]
     return RandomSource(SEED).uniforms("samples" if kind == "mc" else purpose, 0, num_terms, draws)
 
 
@@ -604,7 +604,7 @@ def test_random_numbers_of_a_batch() -> None:
     with pytest.raises(AssertionError):
         assert_equal(results[0], results[2])
     torch.manual_seed(0)
-    uniforms = torch.rand(8, 3, dtype=torch.float64)
+    uniforms = torch.rand(8, 2, dtype=torch.float64)
     assert_equal(fn(*arguments, uniforms)[1], results[0])
     with pytest.raises(ValueError, match="uniforms must have"):
         fn(*arguments, uniforms[:3])

@@ -210,7 +210,7 @@ def test_signs_of_a_batch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(RandomSource, "signs", signs)
     kfac(setup("attention-lengths", "ce"), "type-2")
     # batches of 2, 1 and 2 sequences of 2, 1 and 2 positions; those with R = 1 draw none
-    assert asked == [(0, 4, 3), (5, 4, 3)]
+    assert asked == [(0, 4, 2), (5, 4, 2)]
 
 
 def test_no_signs_where_none_are_needed(monkeypatch: pytest.MonkeyPatch):

@@ -47,7 +47,7 @@ def test_number(fisher_type: FisherType, per_example: int, loss_terms: str) -> N
         FisherType.FORWARD_ONLY: 0,
         FisherType.MC: 5,
         FisherType.EMPIRICAL: per_example if loss_terms == "exact" else 1,
-        FisherType.TYPE2: C * (per_example if loss_terms == "exact" else 1),
+        FisherType.TYPE2: (C - 1) * (per_example if loss_terms == "exact" else 1),
     }
     assert number == expected[fisher_type]
 

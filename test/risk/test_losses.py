@@ -282,14 +282,15 @@ def test_root(case: Case) -> None:
     F, targets = case.terms()
     m, C = F.shape
     S = case.entry.root_columns(F, targets)
-    assert S.shape == (case.entry.num_columns(C), m, C)
+    V = case.entry.num_columns(C)
+    assert S.shape == (V, m, C)
     torch.testing.assert_close(torch.einsum("vmi,vmj->mij", S, S), case.hessians)
     for columns in (
         slice(None),
         slice(1, None),
         slice(0, 0),
-        torch.tensor([C - 1, 0, C - 1]),
-        [C - 1, 0],
+        torch.tensor([V - 1, 0, V - 1]),
+        [V - 1, 0],
     ):
         expected = S[columns]
         torch.testing.assert_close(
@@ -302,14 +303,37 @@ def test_root_is_the_documented_one(case: Case) -> None:
     """Column c has the form of the formulas; S Sᵀ alone would allow any rotation."""
     F, targets = case.terms()
     S, H = case.entry.root_columns(F, targets), case.hessians
-    if case.loss_cls is nn.CrossEntropyLoss:
-        p = F.softmax(-1)
-        k = case.entry.weight(F, targets)
-        root = torch.diag_embed(p.sqrt()) - torch.einsum("mi,mj->mij", p, p.sqrt())
-        expected = k.sqrt()[:, None, None] * root
-    else:
+    if case.loss_cls is not nn.CrossEntropyLoss:
         expected = torch.diag_embed(H.diagonal(dim1=1, dim2=2).sqrt())
-    torch.testing.assert_close(S, expected.permute(2, 0, 1))
+        torch.testing.assert_close(S, expected.permute(2, 0, 1))
+        return
+    k = case.entry.weight(F, targets)
+    for p, weight, columns in zip(F.softmax(-1), k, S.unbind(1), strict=True):
+        M, last = int(p.argmax()), len(p) - 1
+        q = p / (1 + p[M].sqrt())
+        q[M] = p[M].sqrt()
+        unit = torch.eye(len(p), dtype=p.dtype)
+        for v, column in enumerate(columns):  # the last class takes the place of the likeliest
+            c = last if v == M else v
+            torch.testing.assert_close(column, (weight * p[c]).sqrt() * (unit[c] - q))
+
+
+def test_root_of_cross_entropy_for_any_likeliest_class() -> None:
+    """One column less than classes, whichever is the likeliest, confident or not, and for one."""
+    entry = CrossEntropy()
+    for C in (1, 2, 4):
+        F = 3 * torch.eye(C, dtype=torch.float64) + _logits(C, C)
+        S = entry.root_columns(F, torch.zeros(C, dtype=torch.long))
+        assert S.shape == (max(C - 1, 1), C, C)
+        p = F.softmax(-1)
+        H = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+        torch.testing.assert_close(torch.einsum("vmi,vmj->mij", S, S), H)
+    # entries between 1e-13 and 1e-4, which must not be lost in rounding errors of 1
+    F = torch.tensor([[20.0, 0.0, -10.0], [0.0, 20.0, 10.0]])
+    S = entry.root_columns(F, torch.zeros(2, dtype=torch.long)).double()
+    exact = jacrev(lambda F: F.softmax(-1))
+    H = torch.stack([exact(f) for f in F.double()])
+    torch.testing.assert_close(torch.einsum("vmi,vmj->mij", S, S), H, rtol=1e-5, atol=0)
 
 
 @all_cases
@@ -635,7 +659,8 @@ def test_wrong_shape_of_uniforms(case: Case, wrong: tuple[int, int]) -> None:
 def test_draws_and_columns() -> None:
     """Cross-entropy needs one uniform per sample, the others one per entry."""
     assert [entry.draws(7) for entry in (CrossEntropy(), MSE(), BCEWithLogits())] == [1, 7, 7]
-    assert [entry.num_columns(7) for entry in (CrossEntropy(), MSE(), BCEWithLogits())] == [7] * 3
+    columns = [entry.num_columns(7) for entry in (CrossEntropy(), MSE(), BCEWithLogits())]
+    assert columns == [6, 7, 7]
 
 
 # --- products with outer products of gradients
