@@ -140,7 +140,7 @@ class Bundled(Passing):
             return
         held = self._held.setdefault((usage, index), [])
         # a layer that some of the vectors do not reach has no gradients of them
-        held += [torch.zeros_like(gradient)] * (self._num_vectors - len(held))
+        _fill_up(held, self._num_vectors, gradient)
         held.append(gradient)
         if self._measuring:
             self._entries += gradient.numel()
@@ -173,7 +173,7 @@ class Bundled(Passing):
     def _flush(self) -> None:
         """Pass on all that is held, as the gradients of one back-propagation."""
         for held in self._held.values():
-            held += [torch.zeros_like(held[0])] * (self._num_vectors - len(held))
+            _fill_up(held, self._num_vectors, held[0])
         self._num_vectors = 0
         self._pass_on()
         super().end_of_backward()
@@ -184,6 +184,12 @@ class Bundled(Passing):
         for (usage, index), gradients in held.items():
             together = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
             super().on_gradient(usage, index, together)
+
+
+def _fill_up(gradients: list[Tensor], number: int, like: Tensor) -> None:
+    """Append zeros, until there is a gradient of each vector."""
+    if len(gradients) < number:
+        gradients += [torch.zeros_like(like)] * (number - len(gradients))
 
 
 class Measure(Statistic):

@@ -252,7 +252,7 @@ class Moment:
         if total is None or total.is_contiguous() or total.ndim > 2:
             total = None if total is None else total.mul_(scale)
         else:
-            total = _packed(total, scale, self._size or len(total))
+            total = _packed(total, scale)
         if total is not None and self._size:
             _mirror(total, self._size)
         return total
@@ -350,23 +350,19 @@ def _empty_square(rows: Tensor, width: int) -> Tensor:
     return rows.new_empty(width, -(-width // line) * line)[:, :width]
 
 
-def _packed(matrix: Tensor, scale: Tensor | float, size: int) -> Tensor:
-    """Multiply ``[d, d]``, and move its rows to where there is no room between them.
-
-    What is left of blocks on the diagonal of a size is forgotten.
-    """
+def _packed(matrix: Tensor, scale: Tensor | float) -> Tensor:
+    """Multiply ``[d, d]``, and move its rows to where there is no room between them."""
     num_rows, width = matrix.shape
     whole = matrix.as_strided((num_rows, width), (width, 1))
-    for start in range(0, num_rows, 32):
-        part = slice(start, start + 32), slice(start // size * size, None)
-        whole[part] = matrix[part] * scale  # a copy, as both may overlap
+    step = max(2**15 // max(width, 1), 32)  # rows that are copied at once, as both may overlap
+    for start in range(0, num_rows, step):
+        whole[start : start + step] = matrix[start : start + step] * scale
     return whole
 
 
 def _mirror(matrix: Tensor, size: int) -> None:
     """Copy what is right of blocks on the diagonal of a size to below them."""
     for stop in range(size, len(matrix), size):
-        block = slice(stop - size, stop)
-        matrix[stop:, block] = matrix[block, stop:].T
+        matrix[stop:, stop - size : stop].copy_(matrix[stop - size : stop, stop:].T)
     d = len(matrix) - 1
     matrix[d, :d] = matrix[:d, d]

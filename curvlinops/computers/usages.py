@@ -97,9 +97,9 @@ class Parameters:
 
     def owners(self, tensor: Tensor) -> list[str]:
         """Return the parameters that a tensor shares memory with."""
-        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        while _is_wrapped(tensor):
             tensor = torch._C._functorch.get_unwrapped(tensor)
-        names = self._by_storage.get(_storage(tensor), [])
+        names = self._by_storage.get(_storage(tensor), _NOBODY)
         if len(names) <= 1:
             return names
         first, last = _extent(tensor)
@@ -177,6 +177,10 @@ class Parameters:
         return None if part is None else Part(names[0], *part, len(p))
 
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_NOBODY: list[str] = []
+
+
 def _row_slice(tensor: Tensor, matrix: Tensor) -> tuple[int, int] | None:
     """Return start and stop if a tensor is a view of rows of a matrix."""
     rows, columns = tensor.shape
@@ -221,10 +225,8 @@ def tensors_in(items: Iterable[Any]) -> list[Tensor]:
     for item in items:
         if isinstance(item, Tensor):
             found.append(item)
-        elif isinstance(item, (list, tuple)):
-            found += tensors_in(item)
-        elif isinstance(item, dict) and item:
-            found += tensors_in(item.values())
+        elif isinstance(item, (list, tuple, dict)) and item:
+            found += tensors_in(item.values() if isinstance(item, dict) else item)
     return found
 
 

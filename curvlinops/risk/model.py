@@ -523,19 +523,30 @@ class _Watch(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        self.traits.convolution |= func in _CONVOLUTIONS
-        self.traits.weight_norm |= func is torch._weight_norm
-        self.traits.wrong_forward |= func in _WRONG_FORWARD or (
-            # Both are off inside of a custom function, which has derivatives of its own.
-            torch._C._is_fwd_grad_enabled()
-            and not torch.is_grad_enabled()
-            and any(map(_is_tracked, [*args, *kwargs.values()]))
-        )
-        self.traits.attention |= func is functional.scaled_dot_product_attention or (
+        traits = self.traits
+        if func in _NOTABLE:
+            self._note(func, args, kwargs)
+        # Both are off inside of a custom function, which has derivatives of its own.
+        if torch._C._is_fwd_grad_enabled() and not torch.is_grad_enabled():
+            traits.wrong_forward |= any(map(_is_tracked, [*args, *kwargs.values()]))
+        outputs = func(*args, **kwargs)
+        for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
+            if isinstance(output, Tensor) and output.is_floating_point():
+                traits.eps = max(traits.eps, torch.finfo(output.dtype).eps)
+                traits.entries += output.numel()
+        return outputs
+
+    def _note(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note what it means that one of the notable functions is called; refuse some options."""
+        traits = self.traits
+        traits.convolution |= func in _CONVOLUTIONS
+        traits.weight_norm |= func is torch._weight_norm
+        traits.wrong_forward |= func in _WRONG_FORWARD
+        traits.attention |= func is functional.scaled_dot_product_attention or (
             func is functional.multi_head_attention_forward and not kwargs.get("need_weights", True)
         )
         if func is custom_function_call and _is_once_differentiable(args[0]):
-            self.traits.once_differentiable.append(args[0].__name__)
+            traits.once_differentiable.append(args[0].__name__)
         if func in _EMBEDDINGS:
             names = _EMBEDDINGS[func]
             # Slices, because torch 2.6 cannot trace a zip of unequal lengths.
@@ -547,14 +558,8 @@ class _Watch(TorchFunctionMode):
             padding_idx = given.get("padding_idx")
             # Negative numbers count from the end, but not in torch.embedding.
             ignored = padding_idx is None or (func is torch.embedding and padding_idx < 0)
-            self.traits.padding_idx |= not ignored
-            self.traits.embedding_bag |= func in (functional.embedding_bag, torch.embedding_bag)
-        outputs = func(*args, **kwargs)
-        for output in outputs if isinstance(outputs, (tuple, list)) else (outputs,):
-            if isinstance(output, Tensor) and output.is_floating_point():
-                self.traits.eps = max(self.traits.eps, torch.finfo(output.dtype).eps)
-                self.traits.entries += output.numel()
-        return outputs
+            traits.padding_idx |= not ignored
+            traits.embedding_bag |= func in (functional.embedding_bag, torch.embedding_bag)
 
 
 #: Functions with embedding options, and their arguments in order.
@@ -585,6 +590,12 @@ _WRONG_FORWARD = {
     *(torch.scatter_reduce, Tensor.scatter_reduce, Tensor.scatter_reduce_),
     *(torch.index_reduce, Tensor.index_reduce, Tensor.index_reduce_),
     Tensor.register_hook,
+}
+
+#: All functions whose call says something of derivatives.
+_NOTABLE = {
+    *(*_CONVOLUTIONS, *_WRONG_FORWARD, *_EMBEDDINGS, torch._weight_norm, custom_function_call),
+    *(functional.scaled_dot_product_attention, functional.multi_head_attention_forward),
 }
 
 
