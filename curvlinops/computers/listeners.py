@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Set
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -166,9 +167,11 @@ class Bundled(Passing):
         super().end_of_batch()
 
     def _fit(self, num_vectors: int) -> bool:
-        """Return whether there are so many vectors, and gradients of all of them may be held."""
-        small = num_vectors * self._entries <= self._ENTRIES
-        return small and num_vectors * self._rows <= self._ROWS and num_vectors <= self._total()
+        """Return whether so many vectors may be held: bundles are few, and about as large."""
+        most = min(
+            self._ENTRIES // max(self._entries, 1), self._ROWS // max(self._rows, 1), self._total()
+        )
+        return most > 0 and num_vectors <= ceil(self._total() / ceil(self._total() / most))
 
     def _flush(self) -> None:
         """Pass on all that is held, as the gradients of one back-propagation."""

@@ -6,7 +6,7 @@ What is missing is a cell that says why, and a mean over it is not given.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -64,11 +64,22 @@ class Target(NamedTuple):
 TARGETS = {
     ("GGN", CURVLINOPS): Target(0.8),
     ("GGN, kept graph", CURVLINOPS): Target(0.55),
-    ("KFAC", CURVLINOPS): Target(0.6),
-    ("EKFAC", CURVLINOPS): Target(0.6),
     **{(what, BACKPACK): Target(1.0, each=("MLP",)) for what in SEPARATE},
 }
 TARGET_OF_HESSIAN = Target(1.0, each=tuple(MODELS))  # against the fastest of two peers
+
+# Of several cases together, and a peer's: the mean over all models and cases that both have.
+_BY_FISHER_TYPE = {
+    "MC": ["KFAC", "EKFAC"],
+    "type-2": ["KFAC type-2", "EKFAC type-2"],
+    "empirical": ["KFAC empirical", "EKFAC empirical"],
+}
+_OTHER = "mixes loss terms"  # ends the reason of peers.py why a case of theirs is not compared
+TOGETHER: dict[tuple[str, ...], Target | None] = {
+    ("MC",): None,
+    ("MC", "type-2"): Target(0.6),
+    ("MC", "type-2", "empirical"): None,
+}
 
 
 class Table(NamedTuple):
@@ -247,6 +258,32 @@ def _mean_of_both(name: str, ours: Row, theirs: Row, width: int) -> list[str]:
     return [label, *("" for _ in ours), mean, *("" for _ in range(width - len(ours) - 2))]
 
 
+def _together(
+    measured: Measured, peer: str, fisher_types: Sequence[str], target: Target | None
+) -> list[str]:
+    """Return a row of the means over KFAC and EKFAC of some Fisher types.
+
+    Left out is what the peer computes something else for; with another gap there is no mean. That
+    of all models is the mean of all ratios: a model with fewer of them does not count more.
+    """
+    by_problem: Row = {}
+    everything: list[Cell] = []
+    for problem in measured.problems:
+        cells = [
+            ratio(measured.cell(OURS, problem, what), measured.cell(peer, problem, what))
+            for fisher_type in fisher_types
+            for what in _BY_FISHER_TYPE[fisher_type]
+        ]
+        comparable = [x for x in cells if not (isinstance(x, Missing) and _OTHER in x.reason)]
+        by_problem[problem] = geometric_mean(comparable)
+        everything += comparable
+    mean = geometric_mean(everything)
+    kinds, number = ", ".join(fisher_types), len(everything)
+    name = f"KFAC and EKFAC ({kinds}) / those of {measured.label(peer)}, {number} ratios"
+    cells = [f"{cell:.2f}" for cell in [*by_problem.values(), mean]]
+    return [name, *cells, "", str(target or ""), target.judge(by_problem, mean) if target else ""]
+
+
 def against_others(measured: Measured) -> Table:
     """Return the table of ratios to other libraries."""
     verb = _better(measured.of_memory)
@@ -275,6 +312,8 @@ def against_others(measured: Measured) -> Table:
         for what, target in [("Hessian", TARGET_OF_HESSIAN), ("Hessian, kept graph", None)]:
             name = f"{what} / fastest Hessian of both"
             rows.append(_compared(measured, name, measured.row(OURS, what), best, target))
+    if not measured.of_memory and "KFAC" in measured.cases and CURVLINOPS in measured.peers:
+        rows += [_together(measured, CURVLINOPS, *item) for item in TOGETHER.items()]
     title = f"Relative to other libraries: below 1, ours {verb}"
     return Table(title, header, [row[: len(header)] for row in rows])
 
