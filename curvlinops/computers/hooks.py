@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from curvlinops.computers.arrangement import BATCH_FIRST, Arrangements, spread
+from curvlinops.computers.callers import called_by
 from curvlinops.computers.layers import read_function
 from curvlinops.computers.positions import Positions
 from curvlinops.computers.usages import Parameters, Usage, tensors_in
@@ -95,7 +95,7 @@ class HooksCollector:
 
     def on_call(self, usage: Usage, x: Tensor, output: Tensor) -> Tensor:
         """A layer was called; return its output."""
-        if _is_checkpointed():
+        if called_by(torch.utils.checkpoint):
             raise NotImplementedError(
                 f"{usage.label} is inside of torch.utils.checkpoint, where hooks do not see its "
                 "gradients: disable activation checkpointing while factors are computed."
@@ -134,19 +134,6 @@ class HooksCollector:
         listened: Tensor = _Listen.apply(whole, self._root, on_gradient)
         # No further view: one that an activation changes in place loses the hooks on it.
         return listened if listened.shape == shape else listened.reshape(shape)
-
-
-def _is_checkpointed() -> bool:
-    """Return whether the caller runs inside of activation checkpointing."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_globals is _CHECKPOINT:
-            return True
-        frame = frame.f_back
-    return False
-
-
-_CHECKPOINT = vars(torch.utils.checkpoint)
 
 
 def _unviewed(output: Tensor) -> Tensor:
@@ -264,7 +251,7 @@ def _hidden() -> str:
         return " inside of a transform of torch.func"
     # no_grad leaves the latter enabled
     neither = not torch.is_grad_enabled() and not torch._C._is_fwd_grad_enabled()
-    if neither and not _is_checkpointed():  # that has an error of its own
+    if neither and not called_by(torch.utils.checkpoint):  # that has an error of its own
         return " inside of a custom autograd function"
     return ""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils.module_tracker
 from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
@@ -15,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
+from curvlinops.computers.callers import called_by
 from curvlinops.computers.containers import flattened, refilled
 from curvlinops.computers.usages import Parameters, tensors_in
 
@@ -183,6 +185,8 @@ class _Guard(TorchFunctionMode):
         if func is torch.autograd.grad:
             return self._differentiate(args, kwargs)
         self.reads_entries |= name in ("tolist", "numpy", "__array__")
+        if name == "register_hook" and called_by(torch.utils.module_tracker):
+            return func(*args, **kwargs)  # that of a tool, which counts operations: it only listens
         if name in _REFUSED or (getattr(owner, "__name__", "") == "data" and name == "__set__"):
             raise NotImplementedError(_NOT_TRACED.format(f"calls {_REFUSED.get(name, 'data')}"))
         if torch._C._are_functorch_transforms_active():

@@ -161,12 +161,17 @@ class CrossEntropy(Loss):
         return result.sub_(uniform if w is None else uniform * w)
 
     def hess_vec(self, F: Tensor, targets: Tensor, V: Tensor) -> Tensor:
-        """Evaluate k (p ⊙ v - p pᵀv) = k p ⊙ (v - pᵀv)."""
+        """Evaluate k (p ⊙ v - p pᵀv) = k p ⊙ (u - pᵀu), for u = v - v_M and the likeliest class M.
+
+        Without the shift, which changes nothing, v_M - pᵀv cancels for confident predictions.
+        """
 
         def multiply(F: Tensor, targets: Tensor, V: Tensor) -> Tensor:
             p = F.softmax(-1)
-            kp = self.weight(F, targets).unsqueeze(-1) * p
-            return kp * (V - (p * V).sum(-1, keepdim=True))
+            likeliest = p.argmax(-1, keepdim=True).expand(*V.shape[:-1], 1)
+            pu = p * (V - V.gather(-1, likeliest))
+            product = torch.addcmul(pu, p, pu.sum(-1, keepdim=True), value=-1)
+            return self.weight(F, targets).unsqueeze(-1) * product
 
         return self._in_chunks(multiply, F, targets, V, entries=V.numel())
 

@@ -22,7 +22,8 @@ from curvlinops import EKFACLinearOperator, KFACLinearOperator
 from curvlinops._random import RandomSource
 from curvlinops.computers.recorder import Recorder
 
-R, CLASSES = 2, 2
+R, CLASSES = 2, {"mse": 2, "ce": 3}
+COLUMNS = {"mse": 2, "ce": 2}
 Signs = Callable[..., Tensor]
 each_type = pytest.mark.parametrize("fisher_type", ["type-2", "empirical"])
 each_approx = pytest.mark.parametrize("approx", ["expand", "reduce"])
@@ -42,12 +43,12 @@ def mixing(loss: str) -> Setup:
         norm=nn.LayerNorm(2),
         conv=nn.Conv1d(2, 2, 1, groups=2),
         inner=nn.Linear(2, 2, bias=False),
-        out=nn.Linear(2, CLASSES),
+        out=nn.Linear(2, CLASSES[loss]),
     )
     model = (model if loss == "mse" else ClassesSecond(model)).double()
     for p in model.parameters():
         nn.init.normal_(p)
-    y = torch.randn(1, R, CLASSES).double() if loss == "mse" else torch.tensor([[0, 1]])
+    y = torch.randn(1, R, CLASSES[loss]).double() if loss == "mse" else torch.tensor([[0, 1]])
     losses = {"mse": nn.MSELoss(), "ce": nn.CrossEntropyLoss()}
     X = torch.randn(1, R, 2).double()
     return Setup(model, losses[loss], dict(model.named_parameters()), [(X, y)])
@@ -55,8 +56,7 @@ def mixing(loss: str) -> Setup:
 
 def patterns(loss: str, fisher_type: str) -> list[Tensor]:
     """Return all signs ``[R, V]`` of R loss terms and V columns."""
-    columns = {"mse": CLASSES, "ce": CLASSES - 1}
-    num_vectors = columns[loss] if fisher_type == "type-2" else 1
+    num_vectors = COLUMNS[loss] if fisher_type == "type-2" else 1
     return [
         torch.tensor(pattern, dtype=torch.float64).reshape(R, num_vectors)
         for pattern in itertools.product([-1.0, 1.0], repeat=R * num_vectors)

@@ -319,7 +319,7 @@ def test_root_is_the_documented_one(case: Case) -> None:
 
 
 def test_root_of_cross_entropy_for_any_likeliest_class() -> None:
-    """One column less than classes, whichever is the likeliest, confident or not, and for one."""
+    """One column less than classes, whichever is the likeliest; exact for confident ones, too."""
     entry = CrossEntropy()
     for C in (1, 2, 4):
         F = 3 * torch.eye(C, dtype=torch.float64) + _logits(C, C)
@@ -330,10 +330,14 @@ def test_root_of_cross_entropy_for_any_likeliest_class() -> None:
         torch.testing.assert_close(torch.einsum("vmi,vmj->mij", S, S), H)
     # entries between 1e-13 and 1e-4, which must not be lost in rounding errors of 1
     F = torch.tensor([[20.0, 0.0, -10.0], [0.0, 20.0, 10.0]])
-    S = entry.root_columns(F, torch.zeros(2, dtype=torch.long)).double()
+    targets = torch.zeros(2, dtype=torch.long)
+    S = entry.root_columns(F, targets).double()
     exact = jacrev(lambda F: F.softmax(-1))
     H = torch.stack([exact(f) for f in F.double()])
     torch.testing.assert_close(torch.einsum("vmi,vmj->mij", S, S), H, rtol=1e-5, atol=0)
+    units = torch.eye(3).unsqueeze(1).expand(-1, 2, -1)  # [V, m, C]
+    columns = entry.hess_vec(F, targets, units).double()
+    torch.testing.assert_close(columns.permute(1, 2, 0), H, rtol=1e-5, atol=0)
 
 
 @all_cases
