@@ -55,17 +55,19 @@ PRODUCTS = {
     EIGENTHINGS: {"Hessian": [6.0, 6.0, 10.0], "GGN": [2.0, 4.0, 8.0]},
 }
 JOINT = ["KFAC", "KFAC type-2", "KFAC empirical", "EKFAC", "EKFAC type-2", "EKFAC empirical"]
+CHECKED = ["KFAC, checked", "EKFAC, checked"]
 SEPARATE = ["KFAC, separate bias", "KFAC type-2, separate bias"]
 CONSTRUCTORS = {
     OURS: {
         "gradient": [1.0, 2.0, 4.0],
-        **{what: [2.0, 4.0, 16.0] for what in JOINT},
+        **{what: [2.0, 4.0, 16.0] for what in [*JOINT, *CHECKED]},
         **{what: [3.0, 3.0, 3.0] for what in SEPARATE},
     },
     CURVLINOPS: {
         **{what: [4.0, 4.0, 64.0] for what in JOINT},
         "EKFAC": [4.0, 4.0, 16.0],
         "KFAC empirical": [4.0, 16.0, 16.0],
+        **{what: [8.0, 8.0, 16.0] for what in CHECKED},
     },
     BACKPACK: {SEPARATE[0]: [3.0, 1.0, 1.0], SEPARATE[1]: [2.0, 9.0, 9.0]},
 }
@@ -227,6 +229,8 @@ def test_constructors_are_ratios(modules: Modules):
     # the target is one of all of them
     ours = f"KFAC and EKFAC ({{}}) / those of {CURVLINOPS} 1.2, {{}} ratios"
     assert rows[ours.format("MC", 6)] == ["0.50", "1.00", "0.50", "0.63", "", "", ""]
+    mean = ["0.25", "0.50", "1.00", "0.50", "", "≤ 0.6", "reached"]
+    assert rows[ours.format("MC, checked", 6)] == mean
     mean = ["0.50", "1.00", "0.35", "0.56", "", "≤ 0.6", "reached"]
     assert rows[ours.format("MC, type-2", 12)] == mean
     rest = ["0.50", "0.79", "0.40", "0.54", "", "", ""]

@@ -72,11 +72,15 @@ def _kronecker(problem: Problem, cls: Any, **options: Any) -> Any:
         nn.CrossEntropyLoss(),
         dict(problem.matrices),
         problem.data,
-        check_deterministic=False,
         num_per_example_loss_terms=problem.terms_per_example,
         num_data=problem.num_data,
         backend="hooks",
-        **{"fisher_type": "mc", "separate_weight_and_bias": False, **options},
+        **{
+            "check_deterministic": False,
+            "fisher_type": "mc",
+            "separate_weight_and_bias": False,
+            **options,
+        },
     )
 
 
@@ -131,6 +135,8 @@ def _constructors(problem: Problem) -> Cases:
     for suffix, fisher_type in FISHER_TYPES.items():
         found[f"KFAC{suffix}"] = case(K, fisher_type=fisher_type)
         found[f"EKFAC{suffix}"] = case(E, fisher_type=fisher_type)
+    found["KFAC, checked"] = case(K, check_deterministic=True)
+    found["EKFAC, checked"] = case(E, check_deterministic=True)
     for suffix in ("", " type-2"):
         found[f"KFAC{suffix}, separate bias"] = case(
             K, fisher_type=FISHER_TYPES[suffix], separate_weight_and_bias=True

@@ -90,7 +90,9 @@ def _factors_of_curvlinops_for_pytorch(problem: Problem) -> Cases:
     params, several_terms = list(problem.matrices.values()), problem.terms_per_example > 1
     K, E = curvlinops.KFACLinearOperator, curvlinops.EKFACLinearOperator
 
-    def build(cls: Any, fisher_type: str = "mc", kfac_approx: str = "expand") -> Any:
+    def build(
+        cls: Any, fisher_type: str = "mc", kfac_approx: str = "expand", checked: bool = False
+    ) -> Any:
         model, data = problem.model, problem.data
         if several_terms and cls is E:  # it takes 2d outputs only
             model, data = Flat(model), [(X, y.flatten()) for X, y in data]
@@ -99,7 +101,7 @@ def _factors_of_curvlinops_for_pytorch(problem: Problem) -> Cases:
             nn.CrossEntropyLoss(),
             params,
             data,
-            check_deterministic=False,
+            check_deterministic=checked,
             fisher_type=fisher_type,
             kfac_approx=kfac_approx,
             num_per_example_loss_terms=problem.terms_per_example,
@@ -113,13 +115,13 @@ def _factors_of_curvlinops_for_pytorch(problem: Problem) -> Cases:
         v = random_tensor(problem.device, operator.shape[1])
         return {"product": operator @ v, "number": torch.as_tensor(operator.trace)}
 
-    def constructor(cls: Any, fisher_type: str = "mc", kfac_approx: str = "expand") -> Any:
+    def constructor(cls: Any, fisher_type: str = "mc", **options: Any) -> Any:
         def make() -> Case:
             if several_terms and fisher_type == "type-2":
                 # at initialisation KFAC's trace is 1.3 times, and EKFAC's 6 times the one with its
                 # own Monte-Carlo samples, which has the same expectation
                 raise UnusableError("another matrix: mixes loss terms")
-            return Case(lambda: build(cls, fisher_type, kfac_approx), result)
+            return Case(lambda: build(cls, fisher_type, **options), result)
 
         return make
 
@@ -139,6 +141,7 @@ def _factors_of_curvlinops_for_pytorch(problem: Problem) -> Cases:
     for name, cls in (("KFAC", K), ("EKFAC", E)):
         for suffix, fisher_type in FISHER_TYPES.items():
             found[f"{name}{suffix}"] = constructor(cls, fisher_type)
+        found[f"{name}, checked"] = constructor(cls, checked=True)
         found[f"{name} product"] = product(cls, inverse=False)
         found[f"{name} inverse product"] = product(cls, inverse=True)
     return found

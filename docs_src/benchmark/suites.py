@@ -28,9 +28,10 @@ FACTORED = [f"{K} {kind}" for K in ("KFAC", "EKFAC") for kind in ("product", "in
 PRODUCTS = [*PLAIN, *KEPT, "EF", "MC GGN", *BLOCKS, *JACOBIANS, *FACTORED]
 
 JOINT = ["KFAC", "KFAC type-2", "KFAC empirical", "EKFAC", "EKFAC type-2", "EKFAC empirical"]
+CHECKED = ["KFAC, checked", "EKFAC, checked"]  # with the library's own check of determinism
 SEPARATE = ["KFAC, separate bias", "KFAC type-2, separate bias"]
 DIAGONALS = ["GGN diagonal", "MC GGN diagonal"]
-CONSTRUCTORS = [*JOINT, "KFAC reduce", *SEPARATE, "KFOC", *DIAGONALS]
+CONSTRUCTORS = [*JOINT, *CHECKED, "KFAC reduce", *SEPARATE, "KFOC", *DIAGONALS]
 
 POWERS = [1, 2, 4, 8, 16, 32]  # numbers of columns
 
@@ -43,7 +44,10 @@ def by_columns(what: str, number: int) -> str:
 COLUMNWISE = [by_columns(what, k) for what in PLAIN for k in POWERS]
 
 OFFERED: dict[str, list[str]] = {
-    CURVLINOPS: [w for w in PRODUCTS if w not in KEPT] + [*JOINT, "KFAC reduce", *COLUMNWISE],
+    CURVLINOPS: [
+        *(what for what in PRODUCTS if what not in KEPT),
+        *(*JOINT, *CHECKED, "KFAC reduce", *COLUMNWISE),
+    ],
     BACKPACK: [*SEPARATE, *DIAGONALS],
     EIGENTHINGS: ["Hessian", "GGN", "EF"],
     NNGEOMETRY: ["GGN", "KFAC", "KFAC type-2", "EKFAC type-2", *DIAGONALS],
@@ -54,7 +58,9 @@ OFFERED: dict[str, list[str]] = {
 LEFT_OUT = {("decoder", "GGN diagonal"): "4160 backward passes per example"}
 
 # What depends on random numbers: on Monte-Carlo samples, or on the signs of several loss terms.
-SAMPLED = ["MC GGN", *FACTORED, "KFAC", "EKFAC", "KFAC reduce", SEPARATE[0], DIAGONALS[1]]
+SAMPLED = [
+    *("MC GGN", *FACTORED, "KFAC", "EKFAC", *CHECKED, "KFAC reduce", SEPARATE[0], DIAGONALS[1])
+]
 SIGNED = [*JOINT, *SEPARATE]
 ROUGH = ["MC GGN", *FACTORED, "KFAC reduce", DIAGONALS[1]]  # estimates that differ much
 

@@ -14,6 +14,7 @@ from harness import lack
 from models import AXES, PROBLEMS
 from suites import (
     BACKPACK,
+    CHECKED,
     CURVLINOPS,
     EIGENTHINGS,
     OFFERED,
@@ -69,14 +70,16 @@ TARGETS = {
 TARGET_OF_HESSIAN = Target(1.0, each=tuple(MODELS))  # against the fastest of two peers
 
 # Of several cases together, and a peer's: the mean over all models and cases that both have.
-_BY_FISHER_TYPE = {
+_KINDS = {
     "MC": ["KFAC", "EKFAC"],
+    "MC, checked": CHECKED,
     "type-2": ["KFAC type-2", "EKFAC type-2"],
     "empirical": ["KFAC empirical", "EKFAC empirical"],
 }
 _OTHER = "mixes loss terms"  # ends the reason of peers.py why a case of theirs is not compared
 TOGETHER: dict[tuple[str, ...], Target | None] = {
     ("MC",): None,
+    ("MC, checked",): Target(0.6),
     ("MC", "type-2"): Target(0.6),
     ("MC", "type-2", "empirical"): None,
 }
@@ -259,9 +262,9 @@ def _mean_of_both(name: str, ours: Row, theirs: Row, width: int) -> list[str]:
 
 
 def _together(
-    measured: Measured, peer: str, fisher_types: Sequence[str], target: Target | None
+    measured: Measured, peer: str, kinds: Sequence[str], target: Target | None
 ) -> list[str]:
-    """Return a row of the means over KFAC and EKFAC of some Fisher types.
+    """Return a row of the means over KFAC and EKFAC of some kinds.
 
     Left out is what the peer computes something else for; with another gap there is no mean. That
     of all models is the mean of all ratios: a model with fewer of them does not count more.
@@ -271,15 +274,15 @@ def _together(
     for problem in measured.problems:
         cells = [
             ratio(measured.cell(OURS, problem, what), measured.cell(peer, problem, what))
-            for fisher_type in fisher_types
-            for what in _BY_FISHER_TYPE[fisher_type]
+            for kind in kinds
+            for what in _KINDS[kind]
         ]
         comparable = [x for x in cells if not (isinstance(x, Missing) and _OTHER in x.reason)]
         by_problem[problem] = geometric_mean(comparable)
         everything += comparable
     mean = geometric_mean(everything)
-    kinds, number = ", ".join(fisher_types), len(everything)
-    name = f"KFAC and EKFAC ({kinds}) / those of {measured.label(peer)}, {number} ratios"
+    label, number = measured.label(peer), len(everything)
+    name = f"KFAC and EKFAC ({', '.join(kinds)}) / those of {label}, {number} ratios"
     cells = [f"{cell:.2f}" for cell in [*by_problem.values(), mean]]
     return [name, *cells, "", str(target or ""), target.judge(by_problem, mean) if target else ""]
 
@@ -313,7 +316,9 @@ def against_others(measured: Measured) -> Table:
             name = f"{what} / fastest Hessian of both"
             rows.append(_compared(measured, name, measured.row(OURS, what), best, target))
     if not measured.of_memory and "KFAC" in measured.cases and CURVLINOPS in measured.peers:
-        rows += [_together(measured, CURVLINOPS, *item) for item in TOGETHER.items()]
+        for kinds, target in TOGETHER.items():
+            if {what for kind in kinds for what in _KINDS[kind]} <= set(measured.cases):
+                rows.append(_together(measured, CURVLINOPS, kinds, target))
     title = f"Relative to other libraries: below 1, ours {verb}"
     return Table(title, header, [row[: len(header)] for row in rows])
 
