@@ -59,9 +59,9 @@ def build(name: str, model: nn.Module, data: Any, **options: Any) -> Any:
 
 
 def build_and_multiply(name: str, model: nn.Module, data: Any, **options: Any) -> Tensor:
-    """Build an operator and multiply with ones."""
+    """Build an operator and multiply with numbers that are not the same for all classes."""
     A = build(name, model, data, **options)
-    return A @ torch.ones(A.shape[1])
+    return A @ torch.linspace(0.5, 1.5, A.shape[1])
 
 
 def states() -> list[Any]:
