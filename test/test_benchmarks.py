@@ -228,12 +228,12 @@ def test_constructors_are_ratios(modules: Modules):
     assert rows[ours] == ["0.50", "0.25", "1.00", "0.50", "", "", ""]
     # the target is one of all of them
     ours = f"KFAC and EKFAC ({{}}) / those of {CURVLINOPS} 1.2, {{}} ratios"
-    assert rows[ours.format("MC", 6)] == ["0.50", "1.00", "0.50", "0.63", "", "", ""]
+    assert rows[ours.format("MC", 6)] == ["0.50", "1.00", "0.50", "0.63", "", "≤ 0.6", "MISSED"]
     mean = ["0.25", "0.50", "1.00", "0.50", "", "≤ 0.6", "reached"]
     assert rows[ours.format("MC, checked", 6)] == mean
     mean = ["0.50", "1.00", "0.35", "0.56", "", "≤ 0.6", "reached"]
     assert rows[ours.format("MC, type-2", 12)] == mean
-    rest = ["0.50", "0.79", "0.40", "0.54", "", "", ""]
+    rest = ["0.50", "0.79", "0.40", "0.54", "", "≤ 0.6", "reached"]
     assert rows[ours.format("MC, type-2, empirical", 18)] == rest
     # its target concerns one model only
     ours = f"KFAC, separate bias / that of {BACKPACK} 1.2"

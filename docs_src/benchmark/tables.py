@@ -77,11 +77,11 @@ _KINDS = {
     "empirical": ["KFAC empirical", "EKFAC empirical"],
 }
 _OTHER = "mixes loss terms"  # ends the reason of peers.py why a case of theirs is not compared
-TOGETHER: dict[tuple[str, ...], Target | None] = {
-    ("MC",): None,
+TOGETHER: dict[tuple[str, ...], Target] = {
+    ("MC",): Target(0.6),
     ("MC, checked",): Target(0.6),
     ("MC", "type-2"): Target(0.6),
-    ("MC", "type-2", "empirical"): None,
+    ("MC", "type-2", "empirical"): Target(0.6),
 }
 
 
@@ -261,9 +261,7 @@ def _mean_of_both(name: str, ours: Row, theirs: Row, width: int) -> list[str]:
     return [label, *("" for _ in ours), mean, *("" for _ in range(width - len(ours) - 2))]
 
 
-def _together(
-    measured: Measured, peer: str, kinds: Sequence[str], target: Target | None
-) -> list[str]:
+def _together(measured: Measured, peer: str, kinds: Sequence[str], target: Target) -> list[str]:
     """Return a row of the means over KFAC and EKFAC of some kinds.
 
     Left out is what the peer computes something else for; with another gap there is no mean. That
@@ -284,7 +282,7 @@ def _together(
     label, number = measured.label(peer), len(everything)
     name = f"KFAC and EKFAC ({', '.join(kinds)}) / those of {label}, {number} ratios"
     cells = [f"{cell:.2f}" for cell in [*by_problem.values(), mean]]
-    return [name, *cells, "", str(target or ""), target.judge(by_problem, mean) if target else ""]
+    return [name, *cells, "", str(target), target.judge(by_problem, mean)]
 
 
 def against_others(measured: Measured) -> Table:
