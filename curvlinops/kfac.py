@@ -50,11 +50,12 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
     The examples of a batch run along the first axis of the model's inputs; where they are inside of
     the model is found by evaluating a single one.
 
-    Factors are computed once, in the constructor, in one pass over the data. ``P, B, PT = K``
-    unpacks the chain. All closed forms (``trace``, ``det``, ``logdet``, ``frobenius_norm``,
-    ``diagonal``, ``inverse``, ``pinv``, ``eigh``, ``power``, ``sqrt``, ``inverse_sqrt``,
-    ``sample``) are those of the small factors. So are those of multiples, shifts by δI and inverses
-    of K: ``(K + delta * K**0).sample(10, inverse=True)`` draws from the Gaussian of a Laplace
+    Factors are computed once, in the constructor, in one pass over the data, whose predictions
+    ``check_deterministic`` compares with those of a pass before. ``P, B, PT = K`` unpacks the
+    chain. All closed forms (``trace``, ``det``, ``logdet``, ``frobenius_norm``, ``diagonal``,
+    ``inverse``, ``pinv``, ``eigh``, ``power``, ``sqrt``, ``inverse_sqrt``, ``sample``) are those of
+    the small factors. So are those of multiples, shifts by δI and inverses of K:
+    ``(K + delta * K**0).sample(10, inverse=True)`` draws from the Gaussian of a Laplace
     approximation, see :meth:`PyTorchLinearOperator.sample`. The damping of ``inverse`` may differ
     from block to block: it is a number, a function of the block, a sequence, or a dict keyed by
     parameter name, see :meth:`PyTorchLinearOperator.inverse`.

@@ -154,6 +154,7 @@ class KFACComputer(Looking):
             data,
             progressbar=progressbar,
             check_deterministic=check_deterministic,
+            confirm_later=True,
             num_data=num_data,
             batch_size_fn=batch_size_fn,
             collective=self.collective,
@@ -219,6 +220,8 @@ class KFACComputer(Looking):
         prediction, collector = self._run(statistic, batch)
         self._note(collector.calls, collector.other_uses)
         self._verify_shared(batch)
+        if not self._outdated:  # else the pass is repeated, and may be another one
+            self.risk.confirm(batch, prediction)
         statistic.end_of_forward()
         F, targets = self.loss.terms(prediction, batch.y)
         vectors = self._vectors(batch, F, targets, counter, signs)

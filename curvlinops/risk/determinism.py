@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from curvlinops.risk.data import Batch
 from curvlinops.risk.losses import Loss
 
-#: Entries that are converted to float64 at once.
-_CHUNK = 2**17
+#: Entries that are converted to float64 at once: a quarter of a megabyte fits in caches.
+_CHUNK = 2**15
 #: Largest number of weights that are kept.
 _TABLE = 2**17
 _FLOAT32_EPS = torch.finfo(torch.float32).eps
@@ -62,6 +62,16 @@ def preserved_rng(torch_only: bool = False) -> Iterator[None]:
         if others is not None:
             np.random.set_state(others[0])  # noqa: NPY002
             random.setstate(others[1])
+
+
+def advance_rng() -> None:
+    """Draw a number from each of the global random generators, so that what follows is another."""
+    torch.rand(())
+    if torch.cuda.is_initialized():
+        for device in range(torch.cuda.device_count()):
+            torch.rand((), device=f"cuda:{device}")
+    np.random.random()  # noqa: NPY002
+    random.random()
 
 
 def refuse_random_layers(model: nn.Module) -> None:
@@ -120,6 +130,8 @@ class PassRecord:
     """What is kept of one pass over the data.
 
     Attributes:
+        fixed_data: Whether each pass sees the same tensors in the same order, as with a list. Then
+            nothing is recorded of them: should the model change them, its predictions tell.
         sizes: Number of examples of each batch.
         num_terms: Number of loss terms of each batch; none for losses without closed form.
         shapes: Shape of each batch's prediction.
@@ -131,6 +143,7 @@ class PassRecord:
             on which examples share a batch, so they do not count as a difference.
     """
 
+    fixed_data: bool = False
     sizes: list[int] = field(default_factory=list)
     num_terms: list[int] = field(default_factory=list)
     shapes: list[torch.Size] = field(default_factory=list)
@@ -159,7 +172,7 @@ class PassRecord:
         """
         self.sizes.append(batch.n)
         self.shapes.append(prediction.shape)
-        for name, tensor, structural in _tensors(batch):
+        for name, tensor, structural in () if self.fixed_data else _tensors(batch):
             self._record(name, tensor.reshape(-1, 1), None)
             if structural:
                 self.structural.add(name)
@@ -372,22 +385,21 @@ def _statistics(x: Tensor, used: Tensor | None) -> Tensor:
         used = (used if used.ndim == 2 else used.unsqueeze(1)).expand(m, C)
     rows = max(1, _CHUNK // C)
     row_weights, column_weights = (_weights(k, x.device) for k in (min(rows, m), C))
-    parts = []
+    size = row_weights.new_tensor(m * C) if used is None else _double(used.sum())
+    values = [row_weights.new_zeros(())] * 4 * (m == 0)  # four of each part
     for k, start in enumerate(range(0, m, rows)):
         part = x[start : start + rows]
         if part.is_floating_point():
             part = part.nan_to_num(0.0, 0.0, 0.0)
         part = _double(part)
-        size = row_weights.new_tensor(part.numel())
         if used is not None:
-            kept = used[start : start + rows].to(part.device)
-            part, size = part * kept, kept.sum()
+            part = part * used[start : start + rows].to(part.device)
         sums = part @ column_weights  # [rows]
         ordered = math.cos(1 + k * k) * (sums @ row_weights[: sums.shape[0]])
-        squares = torch.linalg.vector_norm(part).square()
-        absolutes = torch.linalg.vector_norm(part, 1)
-        parts.append(torch.stack([size, sums.sum(), absolutes, squares, ordered]))
-    return sum(parts, start=row_weights.new_zeros(5))
+        entries = part.reshape(-1)
+        squares = entries @ entries
+        values += [sums.sum(), entries.abs_().sum(), squares, ordered]  # in place: it is a copy
+    return torch.cat([size.reshape(1), torch.stack(values).reshape(-1, 4).sum(0)])
 
 
 def _weights(size: int, device: torch.device) -> Tensor:
@@ -413,4 +425,10 @@ def _double(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).to(torch.float64)
 
 
-__all__ = ["PassRecord", "compare_passes", "preserved_rng", "refuse_random_layers"]
+__all__ = [
+    "PassRecord",
+    "advance_rng",
+    "compare_passes",
+    "preserved_rng",
+    "refuse_random_layers",
+]

@@ -17,6 +17,7 @@ from curvlinops.distributed import Collective, Share, add_shares
 from curvlinops.risk.data import Batch, BatchSource, TermCounter
 from curvlinops.risk.determinism import (
     PassRecord,
+    advance_rng,
     compare_passes,
     preserved_rng,
     refuse_random_layers,
@@ -53,9 +54,10 @@ class EmpiricalRisk:
     All make the same calls in the same order; each pass ends in one all-reduce. An exception on one
     rank is one on all, see :meth:`~curvlinops.distributed.Collective.together`.
 
-    At construction, there are two passes over the data with ``check_deterministic=True``, else one
-    if ``num_data`` is not given (the model is not evaluated), else none. Neither construction nor
-    any pass changes the state of the global random generators, or the user's module.
+    At construction, there are two passes over the data with ``check_deterministic=True`` (one with
+    ``confirm_later``), else one if ``num_data`` is not given (the model is not evaluated), else
+    none. Neither construction nor any pass changes the state of the global random generators, or
+    the user's module.
 
     Args:
         model_func: An ``nn.Module``, or a function ``(params, X) -> prediction``.
@@ -70,6 +72,9 @@ class EmpiricalRisk:
         num_data: Number of examples in the data (on all ranks).
         batch_size_fn: Number of examples in an ``X``. Default: ``X.shape[0]``, for tensors only.
         needs_fixed_order: Whether the check is also for a fixed order of the data.
+        confirm_later: Whether the check makes one of its two passes only. The other one is the next
+            pass over the data whose predictions are all handed to :meth:`confirm`; there, the check
+            may raise.
         collective: Communication with other processes. Default: there are none.
         purpose: What the risk is for, such as an operator and its options. It must be the same on
             all ranks.
@@ -106,6 +111,7 @@ class EmpiricalRisk:
         num_data: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
         needs_fixed_order: bool = False,
+        confirm_later: bool = False,
         collective: Collective | None = None,
         purpose: str = "",
     ) -> None:
@@ -131,6 +137,10 @@ class EmpiricalRisk:
         #: Shape of each batch's prediction, likewise.
         self.prediction_shapes: list[torch.Size] | None = None
 
+        self._needs_fixed_order = needs_fixed_order
+        #: The first pass of the check, until another one has been compared with it.
+        self._unconfirmed: PassRecord | None = None
+        self._confirming = PassRecord()
         #: Number of loss terms on the ranks before this one; None until they are counted.
         self._terms_before: int | None = 0 if self.collective.alone else None
 
@@ -146,12 +156,13 @@ class EmpiricalRisk:
         )
         if not self.collective.any(may_have_data):
             raise ValueError(_EMPTY)
+        self._fixed_data = type(data) in (list, tuple)
         # A list cannot draw random numbers, and the check finds a model whose predictions depend on
         # those of NumPy or Python. Then products need not copy these states, which is slow.
-        self._torch_rng_only = check_deterministic and isinstance(data, (list, tuple))
+        self._torch_rng_only = check_deterministic and self._fixed_data
         if check_deterministic:
             with preserved_rng(), autograd_ready(), torch.no_grad():
-                self._check_deterministic(needs_fixed_order)
+                self._check_deterministic(confirm_later)
         elif num_data is None:
             with self.collective.together(), self.undisturbed():
                 counted = sum(batch.n for batch in self.batches("Counting data"))
@@ -258,8 +269,20 @@ class EmpiricalRisk:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """Enable gradients, and keep the global random generators as they are."""
-        with preserved_rng(self._torch_rng_only), autograd_ready():
+        torch_only = self._torch_rng_only and self._unconfirmed is None
+        with preserved_rng(torch_only), autograd_ready():
             yield
+
+    def confirm(self, batch: Batch, prediction: Tensor) -> None:
+        """Note a prediction of a pass, which is compared with that of the check's first pass.
+
+        Args:
+            batch: The batch.
+            prediction: The model's prediction, of at least the batches until now.
+        """
+        if self._unconfirmed is not None:
+            with torch.no_grad():
+                self._confirming.add(batch, prediction.detach(), self.loss)
 
     def term_counter(self) -> TermCounter:
         """Return a new counter for the indices of the loss terms in a pass.
@@ -414,10 +437,15 @@ class EmpiricalRisk:
         """Pass over the data of this rank; return its number of examples and the normalizer."""
         n = 0
         normalizer: Tensor | float = 0.0
+        self._confirming = self._new_record()
         for element in self._elements(desc):
             batch = self._source.batch(element)
             normalizer = normalizer + _widened(fn(batch))
             n += batch.n
+        first, second = self._unconfirmed, self._confirming
+        if first is not None and second.num_examples == n:
+            self._unconfirmed = None
+            self._compare(first, second)
         return n, normalizer
 
     def _visit_on_all_ranks(
@@ -490,37 +518,50 @@ class EmpiricalRisk:
             self.num_terms = counted
         self._terms_before = self.collective.prefix(self.num_terms)
 
-    def _check_deterministic(self, needs_fixed_order: bool) -> None:
+    def _check_deterministic(self, confirm_later: bool) -> None:
         """Compare two passes over the data, and on several ranks the parameters' values."""
         compare_params(self.collective, self.params)
         with self.collective.together():
             if self.model is not None:
                 refuse_random_layers(self.model)
-            first = self._record("Determinism check (1/2)")
+            if confirm_later:  # a pass whose random generators begin where this one's do
+                advance_rng()
+            first = self._record(f"Determinism check{'' if confirm_later else ' (1/2)'}")
         self._verify_size(self._summed(first.num_examples))
-        with self.collective.together():
-            second = self._record("Determinism check (2/2)")
-            traits = self._functional.traits
-            if first.sizes and traits is not None:
-                verdict = compare_passes(
-                    first,
-                    second,
-                    needs_fixed_order=needs_fixed_order,
-                    eps=traits.eps,
-                    draws_random=traits.random,
-                    drop_last=bool(getattr(self._source.data, "drop_last", False)),
-                )
-                if verdict is not None:
-                    raise RuntimeError(verdict)
+        if confirm_later:
+            self._unconfirmed = first
+        else:
+            with self.collective.together():
+                self._compare(first, self._record("Determinism check (2/2)"))
         if self.loss is not None and self.loss.closed_form:
             self.num_terms, self.batch_terms = sum(first.num_terms), first.num_terms
             if not self.collective.alone:
                 self._count_terms()
         self.prediction_shapes = first.shapes
 
+    def _compare(self, first: PassRecord, second: PassRecord) -> None:
+        """Raise if two passes over this rank's data differ."""
+        traits = self._functional.traits
+        if not first.sizes or traits is None:
+            return
+        verdict = compare_passes(
+            first,
+            second,
+            needs_fixed_order=self._needs_fixed_order,
+            eps=traits.eps,
+            draws_random=traits.random,
+            drop_last=bool(getattr(self._source.data, "drop_last", False)),
+        )
+        if verdict is not None:
+            raise RuntimeError(verdict)
+
+    def _new_record(self) -> PassRecord:
+        """Return an empty record of a pass."""
+        return PassRecord(fixed_data=self._fixed_data)
+
     def _record(self, desc: str) -> PassRecord:
         """Pass over the data with forward evaluations."""
-        record = PassRecord()
+        record = self._new_record()
         for batch in self.batches(desc):
             # The first batch is inspected: the watched prediction is the one that is recorded.
             first = self._functional.traits is None

@@ -580,6 +580,14 @@ def indefinite() -> None:
     K.inverse(lambda block: 1.0 if dist.get_rank() == 0 else float("nan"))
 
 
+def random_on_one_rank() -> None:
+    """The pass of the check is fine, and that of the factors is other than it was."""
+    case = network()
+    if dist.get_rank() == 1:
+        case.model.register_forward_hook(lambda m, x, y: y * (0.5 + torch.rand(())))
+    case.shared(KFACLinearOperator, [1])
+
+
 def other_options() -> None:
     approx = ("expand", "reduce")[dist.get_rank()]
     with pytest.raises(RuntimeError, match=r"must build the same operator.*kfac_approx=expand"):
@@ -591,12 +599,16 @@ def test_other_options(two: Ranks) -> None:
     two(other_options)
 
 
-@pytest.mark.parametrize("failing", [unsupported_on_one_rank, not_finite, indefinite])
+@pytest.mark.parametrize(
+    "failing", [unsupported_on_one_rank, not_finite, indefinite, random_on_one_rank]
+)
 def test_failures(two: Ranks, failing: Any) -> None:
     """What one rank finds wrong ends in an error on all of them, well before the timeout."""
     answers = two.answers(failing, timeout=60)
     assert all(isinstance(answer, Failure) for answer in answers), answers
     assert not any("timed out" in answer.message.lower() for answer in answers)
+    if failing is random_on_one_rank:
+        assert "is not deterministic" in answers[1].message
     two.stop()
 
 

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from curvlinops import FisherType, GGNLinearOperator, KFACLinearOperator, KFACType
+from curvlinops import (
+    EKFACLinearOperator,
+    FisherType,
+    GGNLinearOperator,
+    KFACLinearOperator,
+    KFACType,
+    KFOCLinearOperator,
+)
 from curvlinops.computers.kfac_hooks import HooksKFACComputer
 
 
@@ -964,6 +971,60 @@ def test_models_that_are_not_deterministic():
         kfac(model)
     model.assert_looked_at()
     kfac(model.eval())
+
+
+class Noisy(nn.Module):
+    """A linear layer; what it returns is random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(self.layer(x))
+
+
+@pytest.mark.parametrize("memory_budget", [None, 10**6])
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+@pytest.mark.parametrize("cls", [KFACLinearOperator, EKFACLinearOperator, KFOCLinearOperator])
+def test_models_that_are_found_random_in_the_pass_for_the_factors(
+    cls: Any, backend: str, memory_budget: int | None
+):
+    model = Noisy()
+    data = [(torch.rand(8, 2), torch.rand(8, 2)) for _ in range(2)]
+    options = {} if cls is KFOCLinearOperator else {"memory_budget": memory_budget}
+    args = (model, nn.MSELoss(), dict(model.named_parameters()), data)
+    with pytest.raises(RuntimeError, match=r"It draws from torch's global random generator"):
+        cls(*args, backend=backend, **options)
+    cls(*args, backend=backend, check_deterministic=False, **options)
+
+
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+def test_data_that_can_be_read_once_or_change(backend: str):
+    model = nn.Linear(2, 2)
+    args = (model, nn.MSELoss(), dict(model.named_parameters()))
+
+    def batches(scale: float) -> Any:
+        return [(scale * torch.ones(3, 2), torch.rand(3, 2)) for _ in range(3)]
+
+    class Changing:
+        passes = 0
+
+        def __iter__(self) -> Any:
+            self.passes += 1
+            return iter(batches(float(self.passes)))
+
+    iterator = iter(batches(1.0))
+
+    class Once:
+        def __iter__(self) -> Any:
+            return iterator
+
+    # a look at the model has taken one of the batches
+    with pytest.raises(RuntimeError, match=r"differs between two passes.* 6 and 0.*only once"):
+        KFACLinearOperator(*args, Once(), backend=backend)
+    with pytest.raises(RuntimeError, match=r"The data differ between two passes \(X, y\)"):
+        KFACLinearOperator(*args, Changing(), backend=backend)
 
 
 def test_predictions_that_are_no_tensors():

@@ -130,3 +130,27 @@ def test_passes() -> None:
         )
         KFACLinearOperator(**arguments, unsupported="diagonal", fisher_type="type-2")
         assert len(started) == passes
+
+
+class Shared(nn.Module):
+    """A layer whose input is the same for all examples, for which its outputs are added up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.code, self.layer = nn.Linear(2, 2), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.code(x.new_ones(1, 2)).sum(0)
+
+
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+def test_repeated_pass_is_the_one_that_is_checked(backend: str) -> None:
+    """Where such a layer got one input for each example, predictions were others: no noise."""
+    model = Shared().double()
+    data = [(torch.rand(n, 3).double(), torch.rand(n, 2).double()) for n in (1, 3)]
+    problem = Setup(model, nn.MSELoss(), dict(model.named_parameters()), data)
+    options = {"fisher_type": "type-2", "unsupported": "diagonal", "backend": backend}
+    K = KFACLinearOperator(**problem.kwargs(check_deterministic=True), **options)
+    expected = KFACLinearOperator(**problem.kwargs(check_deterministic=False), **options)
+    assert {"W": "code.weight"} in K.mapping
+    torch.testing.assert_close(K.to_dense(), expected.to_dense())

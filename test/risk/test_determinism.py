@@ -20,12 +20,39 @@ from curvlinops.risk.determinism import preserved_rng, refuse_random_layers
 CE = nn.CrossEntropyLoss
 
 
+LATER = [False]
+
+
+@pytest.fixture(params=["at once", "later"], autouse=True)
+def later(request: pytest.FixtureRequest) -> None:
+    """Whether the second pass of the check is one that is made for another reason."""
+    LATER[0] = request.param == "later"
+
+
 def check(
     net: Any, data: Any, loss: Any = None, params: dict[str, Tensor] | None = None, **kwargs: Any
 ) -> None:
     """Run the check."""
     params = dict(net.named_parameters()) if params is None else params
-    EmpiricalRisk(net, CE() if loss is None else loss, params, data, **kwargs)
+    (later,) = LATER
+    risk = EmpiricalRisk(
+        net, CE() if loss is None else loss, params, data, confirm_later=later, **kwargs
+    )
+    if later:
+        confirm(risk)
+
+
+def confirm(risk: EmpiricalRisk, batches: int = 10**6) -> None:
+    """Pass over the data, and hand over the predictions of some batches."""
+    count = iter(range(batches))
+
+    def visit(batch: Any) -> float:
+        prediction = risk.evaluate(batch.X)
+        if next(count, None) is not None:
+            risk.confirm(batch, prediction)
+        return float(batch.n)
+
+    risk.for_each_batch(visit)
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -112,7 +139,7 @@ def test_preserved_rng(error: type[BaseException] | None) -> None:
 )
 def test_layers_in_training_mode(layer: nn.Module, message: str) -> None:
     """They are refused by name in training mode and pass in evaluation mode."""
-    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(layer))
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(layer)).train()
     with pytest.raises(RuntimeError, match=message):
         refuse_random_layers(net)
     refuse_random_layers(net.eval())
@@ -205,11 +232,54 @@ def test_one_random_example_of_a_thousand(shuffle: bool, dtype: torch.dtype) -> 
         check(Dropping(X[567, 0].item(), dtype), data)
 
 
-def test_numpy_random_model() -> None:
+@pytest.mark.parametrize("draw_one", [np.random.rand, random.random])
+def test_random_model_of_other_libraries(draw_one: Callable[[], float]) -> None:
     """Any generator will do, though the cause is not known then."""
-    params = {"w": torch.randn(4, 3)}
+    params, data = {"w": torch.randn(4, 3)}, [examples()]
+    before = generator_states()
     with pytest.raises(RuntimeError, match=r"is not deterministic\. Remove what .*\(check_det"):
-        check(lambda p, X: X @ p["w"] + np.random.rand(), [examples()], params=params)
+        check(lambda p, X: X @ p["w"] + draw_one(), data, params=params)
+    assert generator_states() == before
+
+
+def test_model_that_changes_its_input() -> None:
+    """The tensors in a list are not compared, but what they lead to is."""
+    params = {"w": torch.randn(4, 3)}
+    with pytest.raises(RuntimeError, match="prediction"):
+        check(lambda p, X: X.mul_(1.5) @ p["w"], [examples()], params=params)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_what_is_recorded(loaded: bool) -> None:
+    """Of data in a list, nothing; of others, all tensors."""
+    X, y = examples()
+    data = loader(X, y, shuffle=False) if loaded else [(X, y)]
+    net = network()
+    risk = EmpiricalRisk(net, CE(), dict(net.named_parameters()), data, confirm_later=True)
+    assert risk._unconfirmed is not None
+    assert risk._unconfirmed.statistics.keys() == {"prediction", *(["X", "y"] if loaded else [])}
+
+
+def test_confirmation_by_a_complete_pass() -> None:
+    """One that does not hand over all predictions leaves the check open; another one ends it."""
+    shift = [0.0]
+
+    def model(p: dict[str, Tensor], X: Tensor) -> Tensor:
+        return X @ p["w"] + shift[0]
+
+    data = [examples(), examples(3)]
+    before = generator_states()
+    for complete in (False, True):
+        shift[0] = 0.0
+        risk = EmpiricalRisk(model, CE(), {"w": torch.randn(4, 3)}, data, confirm_later=True)
+        confirm(risk, 2 if complete else 1)
+        shift[0] = 1.0
+        if complete:  # later passes are nobody's business
+            confirm(risk)
+            continue
+        with pytest.raises(RuntimeError, match=r"prediction.* between two passes"):
+            confirm(risk)
+    assert generator_states()[1:] == before[1:]
 
 
 def test_random_predictions_with_constant_sum() -> None:
