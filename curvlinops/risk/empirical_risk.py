@@ -442,10 +442,7 @@ class EmpiricalRisk:
             batch = self._source.batch(element)
             normalizer = normalizer + _widened(fn(batch))
             n += batch.n
-        first, second = self._unconfirmed, self._confirming
-        if first is not None and second.num_examples == n:
-            self._unconfirmed = None
-            self._compare(first, second)
+        self._end_check(n)
         return n, normalizer
 
     def _visit_on_all_ranks(
@@ -538,6 +535,13 @@ class EmpiricalRisk:
             if not self.collective.alone:
                 self._count_terms()
         self.prediction_shapes = first.shapes
+
+    def _end_check(self, n: int) -> None:
+        """Compare a pass over n examples with the check's first one, if all were handed over."""
+        first, second = self._unconfirmed, self._confirming
+        if first is not None and second.num_examples == n:
+            self._unconfirmed = None
+            self._compare(first, second)
 
     def _compare(self, first: PassRecord, second: PassRecord) -> None:
         """Raise if two passes over this rank's data differ."""
