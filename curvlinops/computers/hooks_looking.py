@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class HooksLooking(Looking):
             self._besides(collector, params, n),
         ):
             prediction = self.risk.predict(params, X)
-        collector.other_uses |= self._scripted()
+        collector.other_uses |= self._scripted
         return prediction
 
     def _constants(self) -> dict[str, Tensor]:
@@ -55,6 +56,7 @@ class HooksLooking(Looking):
         """Return a context in which a collector may be told of more than it sees."""
         return nullcontext()
 
+    @cached_property
     def _scripted(self) -> dict[str, str]:
         """Return the parameters of scripted modules, whose functions cannot be seen."""
         assert self.risk.model is not None

@@ -225,7 +225,9 @@ class FunctionalModel:
                 # Places are looked for anew, because the user may tie weights between products.
                 compiling = torch.compiler.is_compiling()  # which cannot follow this
                 places = self._places if compiling else places_of(self.module)
-                tensors = at_places({**self._constants(), **params}, places)
+                # nor need whoever watches the model see this
+                with nullcontext() if compiling else torch._C.DisableTorchFunction():
+                    tensors = at_places({**self._constants(), **params}, places)
                 prediction = functional_call(self.module, tensors, (X,), tie_weights=False)
         if not isinstance(prediction, Tensor):
             raise TypeError(_not_a_tensor(prediction))
@@ -370,22 +372,27 @@ class FunctionalModel:
         """Return the module's other parameters, detached, and clones of buffers that may change."""
         assert self.module is not None
         # Read anew each time, because the user may train the module between products.
-        constants = {
-            name: without_inference(p.detach())
-            for name, p in self.module.named_parameters()
-            if name not in self._given
-        }
-        layers = dict(self.module.named_modules())
-        for name, buffer in self.module.named_buffers():  # each once, also if layers share it
-            if name in self._given:
-                continue
+        parameters: dict[int, str] = {}  # one name each, also if layers share it
+        buffers: dict[int, str] = {}
+        constants: dict[str, Tensor] = {}
+        clones: dict[str, Tensor] = {}
+        for prefix, layer in self.module.named_modules():
+            start = f"{prefix}." if prefix else ""
+            for attribute, p in layer._parameters.items():
+                name = start + attribute
+                if p is None or parameters.setdefault(id(p), name) != name or name in self._given:
+                    continue
+                constants[name] = without_inference(p.detach())
             # PyTorch's own layers leave their buffers alone in evaluation mode. To know this halves
             # the cost of a call for networks with many BatchNorm layers.
-            layer = layers[name.rpartition(".")[0]]
             constant = not layer.training and type(layer).__module__.startswith("torch.nn.")
-            if not (constant and _is_plain(buffer)):
-                constants[name] = buffer.detach().clone()
-        return constants
+            for attribute, buffer in layer._buffers.items():
+                name = start + attribute
+                if buffer is None or buffers.setdefault(id(buffer), name) != name:
+                    continue
+                if name not in self._given and not (constant and _is_plain(buffer)):
+                    clones[name] = buffer.detach().clone()
+        return {**constants, **clones}
 
     def _generator_states(self) -> list[Tensor]:
         """Return the states of torch's global generators that the model may use."""
