@@ -162,15 +162,17 @@ def transposed1d() -> nn.Module:
 def transposed2d() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 4, (3, 2)), nn.Tanh(),
-        nn.ConvTranspose2d(4, 4, (2, 1), groups=2, stride=(2, 1)), nn.Tanh(),
+        nn.ConvTranspose2d(4, 4, 2, (2, 1), output_padding=1, groups=2, dilation=(1, 2)), nn.Tanh(),
         nn.ConvTranspose2d(4, 2, (1, 2), groups=2, padding=(0, 1)), nn.Flatten(), nn.LazyLinear(C),
     )  # fmt: skip
 
 
 def transposed3d() -> nn.Module:
     return nn.Sequential(
-        nn.ConvTranspose3d(2, 2, (1, 2, 2), stride=(1, 1, 2), padding=(0, 1, 1)), nn.Tanh(),
-        nn.ConvTranspose3d(2, 2, (2, 1, 1), groups=2, padding=(1, 0, 0), bias=False),
+        nn.ConvTranspose3d(2, 2, (1, 2, 2), (1, 1, 2), (0, 1, 1), (0, 0, 1)), nn.Tanh(),
+        nn.ConvTranspose3d(
+            2, 2, (2, 1, 2), (2, 1, 1), (1, 0, 1), (1, 0, 0), 2, bias=False, dilation=(1, 1, 2)
+        ),
         nn.Flatten(), nn.LazyLinear(C),
     )  # fmt: skip
 

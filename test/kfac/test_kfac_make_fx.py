@@ -813,6 +813,22 @@ def test_compiled_tied_embedding(backend: str) -> None:
     check_compiled(problem, options, (None, None), backend)
 
 
+# kinds of layers that are in none of the other cases
+COMPILED_LAYERS = (
+    *("batch-norm", "group-norm", "layer-norm-2d", "rms-norm", "self-attention"),
+    *("separate-attention", "transformers-conv1d", "transposed2d", "conv3d", "depthwise", "twice"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED_LAYERS)
+def test_compiled_layers(name: str) -> None:
+    options = {"fisher_type": "type-2", "loss_terms": "exact"}
+    problem = layer_setup(name)
+    problem.data = problem.data[:1]
+    check_compiled(problem, options, (None, None), "eager")
+
+
 def test_compiled_diagonal() -> None:
     """A diagonal operator is among the results."""
     problem = layer_setup("embedding")
