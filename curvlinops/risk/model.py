@@ -371,27 +371,24 @@ class FunctionalModel:
     def _constants(self) -> dict[str, Tensor]:
         """Return the module's other parameters, detached, and clones of buffers that may change."""
         assert self.module is not None
-        # Read anew each time, because the user may train the module between products.
-        parameters: dict[int, str] = {}  # one name each, also if layers share it
-        buffers: dict[int, str] = {}
+        # Read anew each time, because the user may train the module between products. A tensor that
+        # layers share is here under several names, each of which stands for all its places.
         constants: dict[str, Tensor] = {}
         clones: dict[str, Tensor] = {}
         for prefix, layer in self.module.named_modules():
             start = f"{prefix}." if prefix else ""
             for attribute, p in layer._parameters.items():
                 name = start + attribute
-                if p is None or parameters.setdefault(id(p), name) != name or name in self._given:
-                    continue
-                constants[name] = without_inference(p.detach())
+                if p is not None and name not in self._given:
+                    constants[name] = without_inference(p.detach())
             # PyTorch's own layers leave their buffers alone in evaluation mode. To know this halves
             # the cost of a call for networks with many BatchNorm layers.
             constant = not layer.training and type(layer).__module__.startswith("torch.nn.")
             for attribute, buffer in layer._buffers.items():
                 name = start + attribute
-                if buffer is None or buffers.setdefault(id(buffer), name) != name:
+                if buffer is None or name in self._given or (constant and _is_plain(buffer)):
                     continue
-                if name not in self._given and not (constant and _is_plain(buffer)):
-                    clones[name] = buffer.detach().clone()
+                clones[name] = buffer.detach().clone()
         return {**constants, **clones}
 
     def _generator_states(self) -> list[Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, hessian, jacrev, jvp, vmap
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from curvlinops.risk.model import FunctionalModel, autograd_ready
 
@@ -73,6 +74,46 @@ def test_other_parameters_are_constants() -> None:
         net[0].weight.mul_(3)
     net[1].bias = nn.Parameter(torch.ones(2))
     assert torch.equal(model.predict(params, X), loaded(net, params)(X))
+
+
+class Counting(nn.Module):
+    """A layer that changes its buffer, which is another layer's weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("seen", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.add_(1)
+        return x
+
+
+def test_parameter_that_is_a_buffer_elsewhere() -> None:
+    """What changes there is a clone, though it is a constant here."""
+    layer = nn.Linear(3, 3, bias=False).requires_grad_(False)
+    net = nn.Sequential(layer, Counting(layer.weight), nn.Linear(3, 2))
+    assert "1.seen" in dict(net.named_buffers())
+    model, before = FunctionalModel(net, {"2.weight": torch.randn(2, 3)}), layer.weight.clone()
+    model.predict(model.params, torch.randn(5, 3))
+    assert torch.equal(layer.weight, before)
+
+
+def test_only_the_models_functions_are_seen() -> None:
+    """What is done with constants is nobody's business, and watching it would take time."""
+    names = []
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        ) -> Any:
+            names.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    model = FunctionalModel(net, {"2.weight": net[2].weight})
+    with Watch():
+        model.predict(model.params, torch.rand(5, 3))
+    assert [name for name in names if name != "rand"] == ["linear", "tanh", "linear"]
 
 
 def test_dictionary_is_copied() -> None:
