@@ -278,7 +278,7 @@ class EmpiricalRisk:
 
         Args:
             batch: The batch.
-            prediction: The model's prediction, of at least the batches until now.
+            prediction: The model's prediction.
         """
         if self._unconfirmed is not None:
             with torch.no_grad():
@@ -437,7 +437,7 @@ class EmpiricalRisk:
         """Pass over the data of this rank; return its number of examples and the normalizer."""
         n = 0
         normalizer: Tensor | float = 0.0
-        self._confirming = self._new_record()
+        self._begin_check()
         for element in self._elements(desc):
             batch = self._source.batch(element)
             normalizer = normalizer + _widened(fn(batch))
@@ -535,6 +535,11 @@ class EmpiricalRisk:
             if not self.collective.alone:
                 self._count_terms()
         self.prediction_shapes = first.shapes
+
+    def _begin_check(self) -> None:
+        """Begin to note the predictions of a pass, if one is to be compared with the check's."""
+        if self._unconfirmed is not None:
+            self._confirming = self._new_record()
 
     def _end_check(self, n: int) -> None:
         """Compare a pass over n examples with the check's first one, if all were handed over."""
