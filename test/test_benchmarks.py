@@ -55,7 +55,7 @@ PRODUCTS = {
     EIGENTHINGS: {"Hessian": [6.0, 6.0, 10.0], "GGN": [2.0, 4.0, 8.0]},
 }
 JOINT = ["KFAC", "KFAC type-2", "KFAC empirical", "EKFAC", "EKFAC type-2", "EKFAC empirical"]
-CHECKED = ["KFAC, checked", "EKFAC, checked"]
+CHECKED = [f"{what}, checked" for what in JOINT]
 SEPARATE = ["KFAC, separate bias", "KFAC type-2, separate bias"]
 CONSTRUCTORS = {
     OURS: {
@@ -68,6 +68,7 @@ CONSTRUCTORS = {
         "EKFAC": [4.0, 4.0, 16.0],
         "KFAC empirical": [4.0, 16.0, 16.0],
         **{what: [8.0, 8.0, 16.0] for what in CHECKED},
+        "KFAC type-2, checked": [2.0, 4.0, 64.0],
     },
     BACKPACK: {SEPARATE[0]: [3.0, 1.0, 1.0], SEPARATE[1]: [2.0, 9.0, 9.0]},
 }
@@ -229,8 +230,12 @@ def test_constructors_are_ratios(modules: Modules):
     # the target is one of all of them
     ours = f"KFAC and EKFAC ({{}}) / those of {CURVLINOPS} 1.2, {{}} ratios"
     assert rows[ours.format("MC", 6)] == ["0.50", "1.00", "0.50", "0.63", "", "≤ 0.6", "MISSED"]
-    mean = ["0.25", "0.50", "1.00", "0.50", "", "≤ 0.6", "reached"]
-    assert rows[ours.format("MC, checked", 6)] == mean
+    checked = ["0.25", "0.50", "1.00", "0.50", "", "≤ 0.6", "reached"]
+    assert rows[ours.format("MC, checked", 6)] == checked
+    checked = ["0.35", "0.59", "0.71", "0.53", "", "≤ 0.6", "reached"]
+    assert rows[ours.format("MC, type-2, checked", 12)] == checked
+    checked = ["0.31", "0.56", "0.79", "0.52", "", "≤ 0.6", "reached"]
+    assert rows[ours.format("MC, type-2, empirical, checked", 18)] == checked
     mean = ["0.50", "1.00", "0.35", "0.56", "", "≤ 0.6", "reached"]
     assert rows[ours.format("MC, type-2", 12)] == mean
     rest = ["0.50", "0.79", "0.40", "0.54", "", "≤ 0.6", "reached"]

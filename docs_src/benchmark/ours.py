@@ -132,11 +132,11 @@ def _constructors(problem: Problem) -> Cases:
 
     K, E = curvlinops.KFACLinearOperator, curvlinops.EKFACLinearOperator
     found: Cases = {}
-    for suffix, fisher_type in FISHER_TYPES.items():
-        found[f"KFAC{suffix}"] = case(K, fisher_type=fisher_type)
-        found[f"EKFAC{suffix}"] = case(E, fisher_type=fisher_type)
-    found["KFAC, checked"] = case(K, check_deterministic=True)
-    found["EKFAC, checked"] = case(E, check_deterministic=True)
+    for name, cls in (("KFAC", K), ("EKFAC", E)):
+        for suffix, fisher_type in FISHER_TYPES.items():
+            options = {"fisher_type": fisher_type}
+            found[f"{name}{suffix}"] = case(cls, **options)
+            found[f"{name}{suffix}, checked"] = case(cls, check_deterministic=True, **options)
     for suffix in ("", " type-2"):
         found[f"KFAC{suffix}, separate bias"] = case(
             K, fisher_type=FISHER_TYPES[suffix], separate_weight_and_bias=True

@@ -141,7 +141,7 @@ def _factors_of_curvlinops_for_pytorch(problem: Problem) -> Cases:
     for name, cls in (("KFAC", K), ("EKFAC", E)):
         for suffix, fisher_type in FISHER_TYPES.items():
             found[f"{name}{suffix}"] = constructor(cls, fisher_type)
-        found[f"{name}, checked"] = constructor(cls, checked=True)
+            found[f"{name}{suffix}, checked"] = constructor(cls, fisher_type, checked=True)
         found[f"{name} product"] = product(cls, inverse=False)
         found[f"{name} inverse product"] = product(cls, inverse=True)
     return found

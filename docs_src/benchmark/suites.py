@@ -28,7 +28,7 @@ FACTORED = [f"{K} {kind}" for K in ("KFAC", "EKFAC") for kind in ("product", "in
 PRODUCTS = [*PLAIN, *KEPT, "EF", "MC GGN", *BLOCKS, *JACOBIANS, *FACTORED]
 
 JOINT = ["KFAC", "KFAC type-2", "KFAC empirical", "EKFAC", "EKFAC type-2", "EKFAC empirical"]
-CHECKED = ["KFAC, checked", "EKFAC, checked"]  # with the library's own check of determinism
+CHECKED = [f"{what}, checked" for what in JOINT]  # with the library's own check of determinism
 SEPARATE = ["KFAC, separate bias", "KFAC type-2, separate bias"]
 DIAGONALS = ["GGN diagonal", "MC GGN diagonal"]
 CONSTRUCTORS = [*JOINT, *CHECKED, "KFAC reduce", *SEPARATE, "KFOC", *DIAGONALS]
@@ -58,10 +58,9 @@ OFFERED: dict[str, list[str]] = {
 LEFT_OUT = {("decoder", "GGN diagonal"): "4160 backward passes per example"}
 
 # What depends on random numbers: on Monte-Carlo samples, or on the signs of several loss terms.
-SAMPLED = [
-    *("MC GGN", *FACTORED, "KFAC", "EKFAC", *CHECKED, "KFAC reduce", SEPARATE[0], DIAGONALS[1])
-]
-SIGNED = [*JOINT, *SEPARATE]
+_MONTE_CARLO = ["KFAC", "EKFAC", "KFAC, checked", "EKFAC, checked"]
+SAMPLED = ["MC GGN", *FACTORED, *_MONTE_CARLO, "KFAC reduce", SEPARATE[0], DIAGONALS[1]]
+SIGNED = [*JOINT, *CHECKED, *SEPARATE]
 ROUGH = ["MC GGN", *FACTORED, "KFAC reduce", DIAGONALS[1]]  # estimates that differ much
 
 SCALED = ["GGN", "Hessian", "KFAC", "KFAC type-2", "EKFAC"]

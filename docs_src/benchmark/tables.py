@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 from harness import lack
 from models import AXES, PROBLEMS
 from suites import (
     BACKPACK,
-    CHECKED,
     CURVLINOPS,
     EIGENTHINGS,
     OFFERED,
@@ -70,19 +70,10 @@ TARGETS = {
 TARGET_OF_HESSIAN = Target(1.0, each=tuple(MODELS))  # against the fastest of two peers
 
 # Of several cases together, and a peer's: the mean over all models and cases that both have.
-_KINDS = {
-    "MC": ["KFAC", "EKFAC"],
-    "MC, checked": CHECKED,
-    "type-2": ["KFAC type-2", "EKFAC type-2"],
-    "empirical": ["KFAC empirical", "EKFAC empirical"],
-}
+_KINDS = {"MC": "", "type-2": " type-2", "empirical": " empirical"}
 _OTHER = "mixes loss terms"  # ends the reason of peers.py why a case of theirs is not compared
-TOGETHER: dict[tuple[str, ...], Target] = {
-    ("MC",): Target(0.6),
-    ("MC, checked",): Target(0.6),
-    ("MC", "type-2"): Target(0.6),
-    ("MC", "type-2", "empirical"): Target(0.6),
-}
+TOGETHER = [("MC",), ("MC", "type-2"), ("MC", "type-2", "empirical")]
+TARGET_OF_BOTH = Target(0.6)
 
 
 class Table(NamedTuple):
@@ -261,8 +252,8 @@ def _mean_of_both(name: str, ours: Row, theirs: Row, width: int) -> list[str]:
     return [label, *("" for _ in ours), mean, *("" for _ in range(width - len(ours) - 2))]
 
 
-def _together(measured: Measured, peer: str, kinds: Sequence[str], target: Target) -> list[str]:
-    """Return a row of the means over KFAC and EKFAC of some kinds.
+def _together(measured: Measured, peer: str, kinds: Sequence[str], checked: bool) -> list[str]:
+    """Return a row of the means over KFAC and EKFAC of some kinds, checked by default or not.
 
     Left out is what the peer computes something else for; with another gap there is no mean. That
     of all models is the mean of all ratios: a model with fewer of them does not count more.
@@ -272,17 +263,23 @@ def _together(measured: Measured, peer: str, kinds: Sequence[str], target: Targe
     for problem in measured.problems:
         cells = [
             ratio(measured.cell(OURS, problem, what), measured.cell(peer, problem, what))
-            for kind in kinds
-            for what in _KINDS[kind]
+            for what in _cases_of(kinds, checked)
         ]
         comparable = [x for x in cells if not (isinstance(x, Missing) and _OTHER in x.reason)]
         by_problem[problem] = geometric_mean(comparable)
         everything += comparable
     mean = geometric_mean(everything)
     label, number = measured.label(peer), len(everything)
-    name = f"KFAC and EKFAC ({', '.join(kinds)}) / those of {label}, {number} ratios"
+    which = ", ".join([*kinds, *(["checked"] if checked else [])])
+    name = f"KFAC and EKFAC ({which}) / those of {label}, {number} ratios"
     cells = [f"{cell:.2f}" for cell in [*by_problem.values(), mean]]
-    return [name, *cells, "", str(target), target.judge(by_problem, mean)]
+    return [name, *cells, "", str(TARGET_OF_BOTH), TARGET_OF_BOTH.judge(by_problem, mean)]
+
+
+def _cases_of(kinds: Sequence[str], checked: bool) -> list[str]:
+    """Return the cases of KFAC and EKFAC of some kinds."""
+    suffix = ", checked" if checked else ""
+    return [f"{K}{_KINDS[kind]}{suffix}" for kind in kinds for K in ("KFAC", "EKFAC")]
 
 
 def against_others(measured: Measured) -> Table:
@@ -314,9 +311,9 @@ def against_others(measured: Measured) -> Table:
             name = f"{what} / fastest Hessian of both"
             rows.append(_compared(measured, name, measured.row(OURS, what), best, target))
     if not measured.of_memory and "KFAC" in measured.cases and CURVLINOPS in measured.peers:
-        for kinds, target in TOGETHER.items():
-            if {what for kind in kinds for what in _KINDS[kind]} <= set(measured.cases):
-                rows.append(_together(measured, CURVLINOPS, kinds, target))
+        for checked, kinds in product((True, False), TOGETHER):
+            if set(_cases_of(kinds, checked)) <= set(measured.cases):
+                rows.append(_together(measured, CURVLINOPS, kinds, checked))
     title = f"Relative to other libraries: below 1, ours {verb}"
     return Table(title, header, [row[: len(header)] for row in rows])
 
