@@ -217,9 +217,7 @@ class KFACComputer(Looking):
         """Give a statistic the events of one batch; return the loss's normalizer."""
         statistic = Bundled(self._precise(statistic), lambda: self._num_vectors)
         self._largest_batch = max(self._largest_batch, batch.n)
-        prediction, collector = self._run(statistic, batch)
-        self._note(collector.calls, collector.other_uses)
-        self._verify_shared(batch)
+        prediction, collector = self._refusing(batch, lambda: self._run_and_note(statistic, batch))
         if not self._outdated:  # else the pass is repeated, and may be another one
             self.risk.confirm(batch, prediction)
         statistic.end_of_forward()
@@ -232,6 +230,16 @@ class KFACComputer(Looking):
         statistic.end_of_batch()
         with torch.no_grad():
             return self.loss.normalizer(F.detach(), targets, batch.n)
+
+    def _run_and_note(self, statistic: Statistic, batch: Batch) -> tuple[Tensor, Collector]:
+        """Evaluate the model on a batch, and note how it uses its parameters."""
+        prediction, collector = self._run(statistic, batch)
+        self._note(collector.calls, collector.other_uses)
+        return prediction, collector
+
+    def _needs_examples(self, usage: Usage) -> bool:
+        """Return whether factors need sums over an example's positions; see the base class."""
+        return self.kfac_approx is KFACType.REDUCE or usage.format.is_norm
 
     def _precise(self, statistic: Statistic) -> Statistic:
         """Return what hands over events in the wanted precision, without autocast."""

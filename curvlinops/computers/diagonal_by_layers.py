@@ -127,7 +127,7 @@ class LayersDiagonal(HooksLooking):
         events = _Events(self)
         prediction = self._listen(events.collector, X, n, params)
         self._note(events.collector.calls, events.collector.other_uses)
-        if self._verify_shared(batch):
+        if self._refuse_layers(batch):
             return self._evaluate(batch, X, n, params)  # which leaves those layers alone
         return events, prediction
 

@@ -18,6 +18,7 @@ from curvlinops.computers.events import Statistic
 from curvlinops.computers.recorder import Recorder
 from curvlinops.computers.report import check_finite, check_spectrum, factor_name
 from curvlinops.computers.statistics import Factor
+from curvlinops.computers.usages import Usage
 from curvlinops.computers.vectors import mixes_terms
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.distributed.transfers import share
@@ -93,6 +94,10 @@ class EKFACComputer(KFACComputer):
         for name, block in self._diagonal_blocks().items():
             result[name,] = [block]
         return {plan.key: result[plan.key] for plan in self.plans if plan.key in result}
+
+    def _needs_examples(self, usage: Usage) -> bool:
+        """Return True: eigenvalues are those of each example's gradient."""
+        return True
 
     # ---- passes over the data --------------------------------------------------------------------
     def _hear_and_record(self, statistic: Statistic) -> Tensor | float:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from curvlinops.computers.arrangement import BATCH_FIRST, Arrangements, spread
+from curvlinops.computers.arrangement import BATCH_FIRST, Arrangements
 from curvlinops.computers.callers import called_by
 from curvlinops.computers.layers import read_function
 from curvlinops.computers.positions import Positions
@@ -108,13 +108,14 @@ class HooksCollector:
         with torch.no_grad(), _unseen():
             x = x.detach()
             where = self._arrangements.of(usage, index, x, n)
+            number = where.number(n)
             if self._on_call is not None:
                 self._on_call(usage, index, x)
             if self._on_input is not None:
                 inputs = where.examples_first(x, n)
-                self._on_input(usage, index, form.positions(inputs, n, usage.label))
+                self._on_input(usage, index, form.positions(inputs, number, usage.label))
         if where.axis is None:
-            output, where = spread(output, n).clone(), BATCH_FIRST
+            output, where = self._arrangements.spread(output, n), BATCH_FIRST
 
         def on_gradient(gradient: Tensor) -> None:
             if self._listening:
@@ -124,7 +125,7 @@ class HooksCollector:
                 )
             with torch.no_grad():
                 gradient = where.examples_first(gradient.reshape(shape), n)
-                shared = form.gradients(gradient, n, usage.label).unsqueeze(0)
+                shared = form.gradients(gradient, number, usage.label).unsqueeze(0)
                 assert self._on_gradient is not None
                 self._on_gradient(usage, index, shared)
 

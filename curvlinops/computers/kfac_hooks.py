@@ -76,6 +76,7 @@ class HooksKFACComputer(HooksLooking, KFACComputer):
         def on_prediction(output: Any, collector: HooksCollector) -> None:
             known = set(self.diagonal)
             self._note(collector.calls, {**collector.other_uses, **self._scripted})
+            self._refuse_unknown()
             if set(self.diagonal) != known:
                 raise RuntimeError(
                     f"The parameters {sorted(set(self.diagonal) - known)} are used in other ways "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,10 +142,13 @@ class OneBatch(KFACComputer):
             self._batch = batch
             self._params = self.risk.params
             self._look_first(batch)
-            self._note(*self._observe(batch.X, batch.n, lambda *_: None)[1:])
-            self._verify_shared(batch)
+            self._refusing(batch, partial(self._look_at_all_of, batch))
             refuse_fixed(self._trace(batch.X), self._params)
             return
+
+    def _look_at_all_of(self, batch: Batch) -> None:
+        """Note how the model uses its parameters for a whole batch."""
+        self._note(*self._observe(batch.X, batch.n, lambda *_: None)[1:])
 
     def given(self, params: dict[str, Tensor], X: Any, y: Any, uniforms: Tensor | None) -> None:
         """Set parameters, batch and random numbers."""

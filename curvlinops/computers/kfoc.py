@@ -24,6 +24,7 @@ from curvlinops.computers.positions import widened
 from curvlinops.computers.products import ProductStatistic
 from curvlinops.computers.singular_vectors import SingularVectorSearch, positive_part
 from curvlinops.computers.statistics import Factor
+from curvlinops.computers.usages import Usage
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.kfac_utils import FisherType
 
@@ -75,6 +76,10 @@ class KFOCComputer(KFACComputer):
     def counts_tokens(self) -> bool:
         """Whether input factors of embeddings are diagonal: they are the best matrices."""
         return False
+
+    def _needs_examples(self, usage: Usage) -> bool:
+        """Return True: the matrices that are approximated are each example's gradients."""
+        return True
 
     def blocks(self) -> dict[Key, list[tuple[Factor, Factor | None]]]:
         """Compute the factors, in as many passes over the data as are necessary.

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from curvlinops.computers.arrangement import Arrangements
 from curvlinops.computers.layers import LAYERS
-from curvlinops.computers.per_example import first_examples, structure
+from curvlinops.computers.per_example import ends, first_examples, last_example, structure
 from curvlinops.computers.plan import GroupPlan, MisfitError, plan_groups
 from curvlinops.computers.usages import Usage
 from curvlinops.distributed import Collective
 from curvlinops.risk import Batch, EmpiricalRisk
+
+T = TypeVar("T")
 
 
 class Looking:
@@ -62,30 +64,39 @@ class Looking:
 
     def _look_anew(self, batch: Batch) -> None:
         """Find out how the model uses its parameters from the first batch of each structure."""
-        if self._any_rank(not self._usages or structure(batch.X) not in self._seen):
+        signature = _signature(batch)
+        self._arrangements.begin(signature)
+        if self._any_rank(not self._usages or signature not in self._seen):
             self._look_first(batch)
 
     def _look_first(self, batch: Batch) -> None:
         """Find out how the model uses its parameters, from at most two examples."""
-        X, n = first_examples(batch.X, batch.n, 2), min(batch.n, 2)
+        X, n = _few(batch)
         self._look(batch)
-        try:
-            _, usages, other_uses = self._observe(X, n, _ignore)
-        except Exception:  # whatever a model does with few examples
-            _, usages, other_uses = self._observe(batch.X, batch.n, _ignore)
-        self._note(usages, other_uses)
-        self._verify_shared(batch)
+
+        def look() -> None:
+            try:
+                _, usages, other_uses = self._observe(X, n, _ignore)
+            except Exception:  # whatever a model does with few examples
+                _, usages, other_uses = self._observe(batch.X, batch.n, _ignore)
+            self._note(usages, other_uses)
+
+        self._refusing(batch, look)
 
     def _look(self, batch: Batch) -> None:
-        """Find out from a single example where the examples are inside of the model.
+        """Find out from single examples where the examples are inside of the model.
 
         This is done for the first batch of each structure.
         """
-        signature = structure(batch.X)
+        signature = _signature(batch)
+        self._arrangements.begin(signature)
         needed = batch.n > 1 and signature not in self._seen
         if self._any_rank(needed):
-            one = first_examples(batch.X, batch.n, 1)
-            self._look_at(one, learn=needed)
+            inputs = [self._look_at(_alone(batch, first_examples, 1))]
+            if self._any_rank(any(x.shape[:1] != (1,) for x in inputs[0].values())):
+                inputs.append(self._look_at(_alone(batch, last_example)))
+            if needed:
+                self._arrangements.learn(inputs)
         if needed:
             self._seen.add(signature)
         self._recording = True
@@ -94,10 +105,10 @@ class Looking:
         """Return whether to evaluate the model: all ranks do if it is sharded, or none."""
         return self.collective.any(wanted) if self.risk.sharded else wanted
 
-    def _look_at(self, one: Any, learn: bool) -> None:
-        """Find out from a single example where the examples are; None if it cannot be had."""
+    def _look_at(self, one: Any) -> dict[tuple[Usage, int], Tensor]:
+        """Return the inputs of all calls of layers for a single example; none if there are none."""
         if one is None:  # the examples are not in the first axis of any tensor
-            return
+            return {}
         inputs: dict[tuple[Usage, int], Tensor] = {}
 
         def on_call(usage: Usage, index: int, x: Tensor) -> None:
@@ -106,36 +117,82 @@ class Looking:
         try:
             _, usages, other_uses = self._observe(one, 1, on_call)
         except Exception:  # whatever a model does with a single example
-            return
+            return {}
         self._note(usages, other_uses)
-        if learn:
-            self._arrangements.learn(inputs)
+        return inputs
 
-    def _verify_shared(self, batch: Batch) -> bool:
+    def _refuse_layers(self, batch: Batch) -> bool:
         """Refuse layers of inputs without examples if the model cannot do with one for each.
 
+        And layers whose examples cannot be told apart, where they must be.
+
         Returns:
-            Whether there were some: what was computed with one for each is wrong then.
+            Whether there were some: what was computed of the batch is wrong then.
         """
+        if self._refuse_unknown():
+            return True
         shared = self._arrangements.unverified()
         if not self._any_rank(bool(shared)):
             return False
-        X, n = first_examples(batch.X, batch.n, 2), min(batch.n, 2)
         try:
-            with self._arrangements.ignored():
-                expected, *_ = self._observe(X, n, _ignore)
-            actual, *_ = self._observe(X, n, _ignore)
-            same = actual.shape == expected.shape
-            same = same and torch.allclose(actual, expected, rtol=1e-3, atol=1e-5)
+            right = self._can_do_with_one_each(*_few(batch))
         except Exception:  # whatever a model does with another shape
-            same = False
-        if not same:
-            self._arrangements.refuse(shared)
-            parts = [part for usage, _ in shared for part in (usage.weight, usage.bias)]
-            reason = "its layer's input is the same for all examples"
-            self._note([], {part.name: reason for part in parts if part is not None})
-            self._outdated = self._recording  # also if they had been refused for another reason
-        return not same
+            right = False
+        if not right:
+            self._leave(shared, "its layer's input is the same for all examples")
+        return not right
+
+    def _can_do_with_one_each(self, X: Any, n: int) -> bool:
+        """Return whether each of n examples has its own output of layers of inputs without them."""
+        with self._arrangements.ignored():
+            expected, *_ = self._observe(X, n, _ignore)
+        actual, *_ = self._observe(X, n, _ignore)
+        if actual.shape != expected.shape:
+            return False
+        if not torch.allclose(actual, expected, rtol=1e-3, atol=1e-5):
+            return False
+        changes = []
+        for example in range(n):  # a model that takes the first output for all gives the same
+            with self._arrangements.disturbed(example):
+                changes.append((self._observe(X, n, _ignore)[0] - actual).abs().flatten())
+        change = torch.stack(changes)  # [n, entries of the prediction]
+        largest = change.amax(1, keepdim=True)
+        matters = (largest > 1e-6 * largest.max()).sum()
+        owners = (change > 1e-3 * largest).sum(0)
+        return int(matters) in (0, n) and int(owners.max()) <= 1
+
+    def _refuse_unknown(self) -> bool:
+        """Refuse layers whose examples cannot be told apart where they must be, if there are."""
+        calls = [call for call in self._arrangements.unknown() if self._needs_examples(call[0])]
+        if calls:
+            self._leave(calls, "its layer's examples cannot be told apart")
+        return bool(calls)
+
+    def _leave(self, calls: list[tuple[Usage, int]], reason: str) -> None:
+        """Refuse the parameters of calls, and leave these alone from now on."""
+        self._arrangements.refuse(calls)
+        self._seen.clear()  # without them, other layers may see something else
+        parts = [part for usage, _ in calls for part in (usage.weight, usage.bias)]
+        self._note([], {part.name: reason for part in parts if part is not None})
+        self._outdated = self._recording  # also if they had been refused for another reason
+
+    def _needs_examples(self, usage: Usage) -> bool:
+        """Return whether more than sums over all positions of all examples is wanted of a layer."""
+        return False
+
+    def _refusing(self, batch: Batch, evaluate: Callable[[], T]) -> T:
+        """Evaluate the model on a batch, once more whenever that shows layers to be refused."""
+        while True:
+            try:
+                result = evaluate()
+            except NotImplementedError:
+                raise
+            except Exception:  # whatever a model does with another shape
+                if self.risk.sharded or not self._refuse_layers(batch):
+                    raise
+            else:
+                if not self._refuse_layers(batch):
+                    return result
 
     def _note(self, usages: Iterable[Usage], other_uses: dict[str, str]) -> None:
         """Note how the model uses its parameters; raise if that is not supported."""
@@ -201,6 +258,30 @@ class Looking:
         """Take over what another computer has seen."""
         self._usages.update(dict.fromkeys(usages))
         self._diagonal.update(diagonal)
+
+
+def _signature(batch: Batch) -> Any:
+    """Return something hashable that batches share whose examples have the same shapes."""
+    X = batch.X
+    rows = X.shape[0] / batch.n if isinstance(X, Tensor) and X.ndim else None
+    return structure(X), rows
+
+
+def _alone(batch: Batch, choose: Callable[..., Any], *args: int) -> Any | None:
+    """Return the input of some examples of a batch; None if they cannot be had."""
+    X, n = batch.X, batch.n
+    some = choose(X, n, *args)
+    if some is None and isinstance(X, Tensor) and X.ndim and len(X) % n == 0:
+        # positions of an example next to each other in the first axis
+        some = choose(X.unflatten(0, (n, -1)), n, *args).flatten(0, 1)
+    return some
+
+
+def _few(batch: Batch) -> tuple[Any, int]:
+    """Return the input of the first and the last example of a batch, and their number."""
+    if batch.n == 1:
+        return batch.X, 1
+    return _alone(batch, ends), 2
 
 
 def _ignore(usage: Usage, index: int, x: Tensor) -> None:

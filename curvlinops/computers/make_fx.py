@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 
-from curvlinops.computers.arrangement import BATCH_FIRST, Arrangements, spread
+from curvlinops.computers.arrangement import BATCH_FIRST, Arrangements
 from curvlinops.computers.containers import flattened
 from curvlinops.computers.layers import read_operation
 from curvlinops.computers.positions import Positions
@@ -111,21 +111,22 @@ class MakeFxCollector:
             return output
         n, form = self._n, usage.format
         where = self._arrangements.of(usage, index, x.detach(), n)
+        number = where.number(n)
         with torch.no_grad():
             if self._on_call is not None:
                 self._on_call(usage, index, x.detach())
             if self._on_input is not None:
                 inputs = where.examples_first(x.detach(), n)
-                self._on_input(usage, index, form.positions(inputs, n, usage.label))
+                self._on_input(usage, index, form.positions(inputs, number, usage.label))
         if where.axis is None:
-            output, where = spread(output, n).clone(), BATCH_FIRST
+            output, where = self._arrangements.spread(output, n), BATCH_FIRST
         if self._on_gradient is None:
             return output
 
         def on_gradient(gradient: Tensor) -> None:
             with torch.no_grad():
                 gradient = where.examples_first(gradient, n)
-                shared = form.gradients(gradient, n, usage.label).unsqueeze(0)
+                shared = form.gradients(gradient, number, usage.label).unsqueeze(0)
                 assert self._on_gradient is not None
                 self._on_gradient(usage, index, shared)
 

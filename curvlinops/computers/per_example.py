@@ -213,14 +213,29 @@ def _map_examples(X: Any, n: int, function: Callable[[Tensor], Any]) -> Any:
 
 def first_examples(X: Any, n: int, k: int) -> Any | None:
     """Return the input of the first k of n examples; None if no tensor has an entry for each."""
+    return _some_examples(X, n, lambda tensor: tensor[:k])
+
+
+def last_example(X: Any, n: int) -> Any | None:
+    """Return the input of the last of n examples; None as above."""
+    return _some_examples(X, n, lambda tensor: tensor[n - 1 :])
+
+
+def ends(X: Any, n: int) -> Any | None:
+    """Return the input of the first and the last of n > 1 examples; None as above."""
+    return _some_examples(X, n, lambda tensor: torch.cat([tensor[:1], tensor[n - 1 :]]))
+
+
+def _some_examples(X: Any, n: int, take: Callable[[Tensor], Tensor]) -> Any | None:
+    """Return the input of some of n examples, as taken from each tensor that has all of them."""
     found: list[Tensor] = []
 
-    def take(tensor: Tensor) -> Tensor:
+    def noted(tensor: Tensor) -> Tensor:
         found.append(tensor)
-        return tensor[:k]
+        return take(tensor)
 
-    few = _map_examples(X, n, take)
-    return few if found else None
+    some = _map_examples(X, n, noted)
+    return some if found else None
 
 
 def structure(X: Any) -> Any:

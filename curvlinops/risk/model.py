@@ -218,7 +218,8 @@ class FunctionalModel:
         X = fresh_mapping(X)
         # Compiled code lacks most derivatives.
         eager = self._has_compiled_part and not torch.compiler.is_compiling()
-        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+        stance = torch.compiler.set_stance("force_eager") if eager else nullcontext()
+        with stance, self._one_path_of_attention():
             if self.module is None:
                 prediction = self._function(params, X)
             else:
@@ -367,6 +368,23 @@ class FunctionalModel:
                 "with the same result, but more memory.",
                 stacklevel=2,
             )
+
+    @contextmanager
+    def _one_path_of_attention(self) -> Iterator[None]:
+        """Leave aside the fast path of attention, which is taken only where nothing has gradients.
+
+        It gives other values at padded positions.
+        """
+        possible = self.module is None or self._has_attention_layer
+        if torch.compiler.is_compiling() or not possible:
+            yield
+            return
+        before = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(before)
 
     def _constants(self) -> dict[str, Tensor]:
         """Return the module's other parameters, detached, and clones of buffers that may change."""

@@ -1,0 +1,786 @@
+"""Where the examples are inside of a model: found, or refused, but never guessed.
+
+A model may flatten, sort or choose rows in any order, or have layers whose input is the same for
+all examples. What needs the examples' rows is then exact, or says that they cannot be told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from block_checks import assert_close
+from kfac_cases import Lambda
+from torch import Tensor, nn
+
+from curvlinops import (
+    EKFACLinearOperator,
+    GGNLinearOperator,
+    HessianLinearOperator,
+    KFACLinearOperator,
+    KFOCLinearOperator,
+)
+
+Data = list[tuple[Any, Tensor]]
+Forward = Callable[[Any, Tensor], Tensor]
+
+F64 = torch.float64
+LOSS = nn.CrossEntropyLoss()
+APART, SHARED = "examples cannot be told apart", "input is the same for all examples"
+
+each_backend = pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+
+
+def build(
+    operator: Any, model: nn.Module, data: Data, backend: str = "hooks", **options: Any
+) -> Any:
+    """Build an operator of all parameters."""
+    params = dict(model.named_parameters())
+    options = {"fisher_type": "type-2", "backend": backend, **options}
+    return operator(model, LOSS, params, data, **options)
+
+
+def labeled(*inputs: Tensor) -> Data:
+    """Return batches with one label, and thus one loss term, for each example."""
+    return [(X, torch.arange(len(X)) % 2) for X in inputs]
+
+
+def by_parameter(K: Any, model: nn.Module) -> dict[str, Tensor]:
+    """Return the rows and columns of each parameter."""
+    dense, start, blocks = K.to_dense(), 0, {}
+    for name, p in model.named_parameters():
+        part = slice(start, start := start + p.numel())
+        blocks[name] = dense[part, part]
+    return blocks
+
+
+def ggn_blocks(model: nn.Module, data: Data) -> dict[str, Tensor]:
+    """Return the exact block of each parameter."""
+    G = GGNLinearOperator(model, LOSS, dict(model.named_parameters()), data)
+    return by_parameter(G, model)
+
+
+def check_equal(K: Any, model: nn.Module, expected: dict[str, Tensor], *names: str) -> None:
+    """Compare the blocks of some parameters, or of all."""
+    blocks = by_parameter(K, model)
+    for name in names or blocks:
+        assert_close(blocks[name], expected[name])
+
+
+def check_traces(
+    K: Any, model: nn.Module, exact: dict[str, Tensor], leave_out: tuple[str, ...] = ()
+) -> None:
+    """Compare the trace of each block, but of those left out, with the exact one."""
+    blocks = by_parameter(K, model)
+    for name in [name for name in blocks if name not in leave_out]:
+        torch.testing.assert_close(blocks[name].trace(), exact[name].trace(), rtol=1e-8, atol=1e-14)
+
+
+def check_diagonals(
+    K: Any, model: nn.Module, exact: dict[str, Tensor], names: tuple[str, ...]
+) -> None:
+    """Compare diagonal blocks with the exact diagonal."""
+    blocks = by_parameter(K, model)
+    for name in names:
+        assert_close(blocks[name], exact[name].diagonal().diag())
+
+
+def check_refused(
+    operator: Any,
+    model: nn.Module,
+    data: Data,
+    backend: str,
+    names: tuple[str, ...],
+    reason: str,
+    **options: Any,
+) -> None:
+    """Expect an error that names these parameters, no others, and the reason."""
+    with pytest.raises(NotImplementedError, match=reason) as info:
+        build(operator, model, data, backend, **options)
+    refused = [name for name, _ in model.named_parameters() if f"'{name}'" in str(info.value)]
+    assert sorted(refused) == sorted(names)
+
+
+# ---- examples that cannot be told apart ----------------------------------------------------------
+LINEARS = ("a.weight", "a.bias", "b.weight", "b.bias")
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A model whose rows cannot be assigned to examples.
+
+    Attributes:
+        forward: The model.
+        inputs: Makes the batches.
+        batch_first: The same function, with the examples in the first axis; None if there is none:
+            single examples are compared then.
+        names: The parameters of the layers that see such rows.
+        first: The first layer.
+    """
+
+    forward: Forward
+    inputs: Callable[[], list[Tensor]]
+    batch_first: Forward | None = None
+    names: tuple[str, ...] = LINEARS
+    first: Callable[[], nn.Module] = lambda: nn.Linear(3, 4)
+
+    def models(self, norm: bool = False) -> tuple[nn.Module, nn.Module]:
+        """Return the model, and what is compared with it, with the same parameters."""
+        model = Lambda(
+            self.forward,
+            a=self.first(),
+            other=nn.Linear(3, 4),
+            norm=nn.LayerNorm(4) if norm else nn.Identity(),
+            b=nn.Linear(4, 2),
+        ).double()
+        for p in model.norm.parameters():
+            nn.init.normal_(p)
+        if self.names == LINEARS:
+            del model.other
+        return model, Lambda(self.batch_first or self.forward, **dict(model.named_children()))
+
+    def data(self) -> tuple[Data, Data]:
+        """Return the data, and those of what is compared."""
+        data = labeled(*self.inputs())
+        if self.batch_first is not None:
+            return data, data
+        return data, [(X[i : i + 1], y[i : i + 1]) for X, y in data for i in range(len(X))]
+
+
+def net(m: Any, x: Tensor) -> Tensor:
+    return m.b(torch.tanh(m.norm(m.a(x))))
+
+
+def rows_outside(m: Any, x: Tensor) -> Tensor:
+    """(h n w)."""
+    n, height, width = x.shape[:3]
+    h = net(m, x.transpose(0, 1).reshape(-1, 3))
+    return h.reshape(height, n, width, 2).mean((0, 2))
+
+
+def class_tokens_first(m: Any, x: Tensor) -> Tensor:
+    n = len(x)
+    h = net(m, torch.cat([x[:, 0], x[:, 1:].reshape(-1, 3)]))
+    return h[:n] + h[n:].reshape(n, -1, 2).mean(1)
+
+
+def chosen(m: Any, x: Tensor) -> Tensor:
+    keep = x[..., 0] > 0
+    out = x.new_zeros(*x.shape[:2], 2)
+    out[keep] = net(m, x[keep])
+    return out.sum(1)
+
+
+def positions_first(m: Any, x: Tensor) -> Tensor:
+    n, length = x.shape[:2]
+    return net(m, x.transpose(0, 1).reshape(-1, 3)).reshape(length, n, 2).mean(0)
+
+
+def not_alone(m: Any, x: Tensor) -> Tensor:
+    if len(x) == 1:
+        raise ValueError("One example is not enough.")
+    return positions_first(m, x)
+
+
+def zero_state(m: Any, x: Tensor) -> Tensor:
+    """Two views, one after the other, of a recurrent layer whose state is zero."""
+    views = torch.cat([x[:, 0], x[:, 1]])
+    h = torch.tanh(m.norm(m.a(torch.zeros_like(views))) + m.other(views))
+    first, second = h.chunk(2)
+    return m.b(first - 2 * second)
+
+
+def zero_state_batch_first(m: Any, x: Tensor) -> Tensor:
+    h = torch.tanh(m.norm(m.a(torch.zeros_like(x))) + m.other(x))
+    return m.b(h[:, 0] - 2 * h[:, 1])
+
+
+def zero_types(m: Any, x: Tensor) -> Tensor:
+    """Positions first, with the same token type everywhere."""
+    n, length = x.shape[:2]
+    types = torch.zeros(length * n, dtype=torch.long)
+    h = m.other(x.transpose(0, 1).reshape(-1, 3)) + m.norm(m.a(types))
+    return m.b(torch.tanh(h)).reshape(length, n, 2).mean(0)
+
+
+def zero_types_batch_first(m: Any, x: Tensor) -> Tensor:
+    types = torch.zeros(x.shape[:2], dtype=torch.long)
+    return m.b(torch.tanh(m.other(x) + m.norm(m.a(types)))).mean(1)
+
+
+def sequences(*sizes: int, length: int = 3) -> list[Tensor]:
+    return [torch.randn(n, length, 3, dtype=F64) for n in sizes]
+
+
+def numbers_of_tokens(*batches: tuple[int, ...]) -> list[Tensor]:
+    """Return sequences of which this many tokens are chosen."""
+    inputs = []
+    for counts in batches:
+        X = torch.rand(len(counts), 3, 3, dtype=F64) + 0.1
+        X[..., 0] *= torch.where(torch.arange(3) < torch.tensor(counts)[:, None], 1, -1)
+        inputs.append(X)
+    return inputs
+
+
+MIXED = {
+    "(h n w)": Mixed(
+        rows_outside,
+        lambda: [torch.randn(4, 2, 2, 3, dtype=F64)],
+        lambda m, x: net(m, x).mean((1, 2)),
+    ),
+    "class tokens first": Mixed(
+        class_tokens_first,
+        lambda: sequences(4, 3),
+        lambda m, x: (h := net(m, x))[:, 0] + h[:, 1:].mean(1),
+    ),
+    "chosen": Mixed(chosen, lambda: numbers_of_tokens((3, 1, 2, 2))),
+    "chosen-fits-two": Mixed(chosen, lambda: numbers_of_tokens((2, 2, 3, 1))),
+    "chosen-later": Mixed(chosen, lambda: numbers_of_tokens((2, 2, 2), (3, 1, 1))),
+    "tie-zero state": Mixed(
+        zero_state,
+        lambda: sequences(3, 4, length=2),
+        zero_state_batch_first,
+        names=("a.weight", "a.bias"),
+    ),
+    "tie-zero types": Mixed(
+        zero_types,
+        lambda: sequences(3, 4, length=2),
+        zero_types_batch_first,
+        names=("a.weight",),
+        first=lambda: nn.Embedding(2, 4),
+    ),
+    "not alone": Mixed(not_alone, lambda: sequences(4, 2), lambda m, x: net(m, x).mean(1)),
+}
+NEED_EXAMPLES = {
+    "ekfac": (EKFACLinearOperator, {}),
+    "kfoc": (KFOCLinearOperator, {}),
+    "reduce": (KFACLinearOperator, {"kfac_approx": "reduce"}),
+}
+# The other backend is slower, and less is tried with it.
+TRACED = ("(h n w)", "chosen", "chosen-later")
+each_mixed = pytest.mark.parametrize(
+    ("name", "backend"), [(n, "hooks") for n in MIXED] + [(n, "make_fx") for n in TRACED]
+)
+each_mixed_and_kind = pytest.mark.parametrize(
+    ("kind", "name", "backend"),
+    [
+        *((kind, name, "hooks") for kind in NEED_EXAMPLES for name in MIXED),
+        *(("ekfac", name, "make_fx") for name in TRACED),
+        *((kind, "(h n w)", "make_fx") for kind in ("kfoc", "reduce")),
+    ],
+)
+# What GGNDiagonalLinearOperator says about models that vmap, or a single example, does not suit.
+slow_diagonals = pytest.mark.filterwarnings("ignore:Examples cannot be differentiated:UserWarning")
+
+
+@cache
+def mixed(name: str, norm: bool = False) -> Any:
+    """Return models and data of a case, as its methods do, with exact blocks."""
+    torch.manual_seed(0)
+    (model, plain), (data, plain_data) = MIXED[name].models(norm), MIXED[name].data()
+    return model, plain, data, plain_data, ggn_blocks(model, data)
+
+
+@pytest.mark.parametrize("name", [name for name in MIXED if MIXED[name].batch_first])
+def test_models_are_those_they_are_compared_with(name: str):
+    for norm in (False, True):
+        model, plain, data, *_ = mixed(name, norm)
+        for X, _ in data:
+            assert_close(model(X), plain(X))
+
+
+@each_mixed_and_kind
+def test_rows_of_unknown_examples_are_refused(kind: str, name: str, backend: str):
+    """By all that needs an example's rows, with the names of the parameters."""
+    operator, options = NEED_EXAMPLES[kind]
+    model, _, data, *_ = mixed(name)
+    check_refused(operator, model, data, backend, MIXED[name].names, APART, **options)
+
+
+@slow_diagonals
+@each_mixed_and_kind
+def test_rows_of_unknown_examples_have_the_exact_diagonal(kind: str, name: str, backend: str):
+    """If the user wants; EKFAC's other blocks stay exact."""
+    operator, options = NEED_EXAMPLES[kind]
+    model, _, data, _, exact = mixed(name)
+    K = build(operator, model, data, backend, unsupported="diagonal", **options)
+    check_diagonals(K, model, exact, MIXED[name].names)
+    if operator is EKFACLinearOperator:
+        check_traces(K, model, exact, MIXED[name].names)
+
+
+@each_mixed
+def test_expand_does_not_need_the_examples(name: str, backend: str):
+    """It sums over rows, whoever's they are: as for the model with the examples first."""
+    model, plain, data, plain_data, _ = mixed(name)
+    K = build(KFACLinearOperator, model, data, backend)
+    expected = build(KFACLinearOperator, plain, plain_data)
+    check_equal(K, model, by_parameter(expected, plain))
+
+
+@slow_diagonals
+@each_mixed
+def test_norms_need_the_examples(name: str, backend: str):
+    """Also with expand: their blocks are sums over examples. Others keep theirs."""
+    names = ("norm.weight", "norm.bias")
+    model, plain, data, plain_data, exact = mixed(name, norm=True)
+    check_refused(KFACLinearOperator, model, data, backend, names, APART)
+    K = build(KFACLinearOperator, model, data, backend, unsupported="diagonal")
+    check_diagonals(K, model, exact, names)
+    expected = by_parameter(build(KFACLinearOperator, plain, plain_data), plain)
+    check_equal(K, model, expected, *(key for key in expected if key not in names))
+
+
+# ---- examples in another order -------------------------------------------------------------------
+def sorted_by_length(m: Any, x: Tensor) -> Tensor:
+    n = len(x)
+    order = (x[..., 0] != 0).sum(1).argsort(descending=True)
+    h = torch.tanh(m.norm(m.a(x[order].reshape(-1, 3)))).reshape(n, -1, 4).cumsum(1)
+    h = m.b(h.reshape(-1, 4)).reshape(n, -1, 2)
+    return h[order.argsort()].mean(1)
+
+
+def not_sorted(m: Any, x: Tensor) -> Tensor:
+    return m.b(torch.tanh(m.norm(m.a(x))).cumsum(1)).mean(1)
+
+
+def padded(*batches: tuple[int, ...]) -> list[Tensor]:
+    """Return sequences of these lengths, with zeros behind."""
+    inputs = sequences(*map(len, batches), length=4)
+    for X, lengths in zip(inputs, batches, strict=True):
+        X *= (torch.arange(4) < torch.tensor(lengths)[:, None])[..., None]
+    return inputs
+
+
+ORDERS = {
+    "descending": [(4, 3, 2), (3, 1)],
+    "ascending": [(1, 2, 3, 4)],
+    "shuffled": [(2, 4, 1, 3), (3, 4, 1)],
+    "first-in-place": [(4, 1, 3, 2)],
+}
+
+
+@pytest.mark.parametrize(
+    ("order", "operator", "approx", "backend"),
+    [
+        *((order, EKFACLinearOperator, "expand", "hooks") for order in ORDERS),
+        *((order, KFACLinearOperator, "reduce", "hooks") for order in ORDERS),
+        ("shuffled", KFACLinearOperator, "expand", "hooks"),
+        ("shuffled", KFACLinearOperator, "expand", "make_fx"),
+        ("shuffled", EKFACLinearOperator, "expand", "make_fx"),
+    ],
+)
+def test_sequences_that_the_model_sorts(order: str, operator: Any, approx: str, backend: str):
+    """Each example's rows are next to each other, at another example's place.
+
+    Catches: gradients of one example with the inputs of another.
+    """
+    parts = {"a": nn.Linear(3, 4), "norm": nn.LayerNorm(4), "b": nn.Linear(4, 2)}
+    model = Lambda(sorted_by_length, **parts).double()
+    plain = Lambda(not_sorted, **parts)
+    data = labeled(*padded(*ORDERS[order]))
+    assert_close(model(data[0][0]), plain(data[0][0]))
+    K = build(operator, model, data, backend, kfac_approx=approx)
+    expected = build(operator, plain, data, kfac_approx=approx)
+    check_equal(K, model, by_parameter(expected, plain))
+    exact = ggn_blocks(plain, data)
+    check_equal(K, model, exact, "norm.weight", "norm.bias")
+    if operator is EKFACLinearOperator:
+        check_traces(K, model, exact)
+
+
+@each_backend
+def test_equally_many_tokens_of_each_example(backend: str):
+    """Rows that a mask chooses are no problem if each example has as many."""
+    model, _ = MIXED["chosen"].models()
+    data = labeled(*numbers_of_tokens((2, 2, 2, 2)))
+    K = build(EKFACLinearOperator, model, data, backend)
+    check_traces(K, model, ggn_blocks(model, data))
+
+
+@each_backend
+def test_first_example_tells_nothing(backend: str):
+    """If it is zero, and so is the first position of each, then the last example tells."""
+    forward = Lambda(
+        positions_first, a=nn.Linear(3, 4), norm=nn.Identity(), b=nn.Linear(4, 2)
+    ).double()
+    (X,) = sequences(5)
+    X[0] = X[:, 0] = 0
+    data = labeled(X)
+    K = build(EKFACLinearOperator, forward, data, backend)
+    check_traces(K, forward, ggn_blocks(forward, data))
+
+
+@each_backend
+def test_structures_have_arrangements_of_their_own(backend: str):
+    """Where the examples are may depend on the number of positions."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return (positions_first if x.shape[1] == 3 else positions_second)(m, x)
+
+    def positions_second(m: Any, x: Tensor) -> Tensor:
+        return net(m, x.reshape(-1, 3)).reshape(*x.shape[:2], 2).mean(1)
+
+    model = Lambda(forward, a=nn.Linear(3, 4), norm=nn.Identity(), b=nn.Linear(4, 2)).double()
+    data = labeled(*sequences(4, length=2), *sequences(4, length=3), *sequences(4, length=2))
+    K = build(EKFACLinearOperator, model, data, backend)
+    check_traces(K, model, ggn_blocks(model, data))
+
+
+# ---- positions, frames or views first ------------------------------------------------------------
+def frames_first(m: Any, x: Tensor) -> Tensor:
+    n, frames = x.shape[:2]
+    h = m.layer(x.transpose(0, 1).flatten(0, 1)).flatten(2).mean(2)
+    return m.b(torch.tanh(h)).unflatten(0, (frames, n)).cumsum(0).prod(0)
+
+
+def frames_second(m: Any, x: Tensor) -> Tensor:
+    n, frames = x.shape[:2]
+    h = m.layer(x.flatten(0, 1)).flatten(2).mean(2)
+    return m.b(torch.tanh(h)).unflatten(0, (n, frames)).cumsum(1).prod(1)
+
+
+def views_first(m: Any, x: Tensor) -> Tensor:
+    h = m.layer(torch.cat([x[:, 0], x[:, 1]])).flatten(2).mean(2)
+    first, second = m.b(torch.tanh(h)).chunk(2)
+    return first * (first + second)
+
+
+CHANNELS = 4
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "GroupNorm": lambda: nn.GroupNorm(2, CHANNELS),
+    "BatchNorm2d": lambda: nn.BatchNorm2d(CHANNELS),
+}
+IMAGE_LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "Conv1d": lambda: nn.Conv1d(CHANNELS, 3, 2),
+    "Conv2d": lambda: nn.Conv2d(CHANNELS, 3, (2, 1)),
+    "Conv2d-groups": lambda: nn.Conv2d(CHANNELS, 4, 2, groups=2),
+    "ConvTranspose1d": lambda: nn.ConvTranspose1d(CHANNELS, 3, 2),
+    "ConvTranspose2d": lambda: nn.ConvTranspose2d(CHANNELS, 3, (1, 2)),
+    **NORMS,
+}
+
+
+@cache
+def image_problem(name: str, forward: Forward, frames: int) -> tuple[nn.Module, nn.Module, Data]:
+    """Return a model, the one with the examples first, and data."""
+    torch.manual_seed(0)
+    layer = IMAGE_LAYERS[name]()
+    for key, tensor in layer.state_dict().items():
+        if name in NORMS and tensor.is_floating_point():
+            nn.init.uniform_(tensor, 0.5, 2) if "var" in key else nn.init.normal_(tensor)
+    width = CHANNELS if name in NORMS else layer.out_channels
+    parts = {"layer": layer, "b": nn.Linear(width, 2)}
+    models = [Lambda(function, **parts).double().eval() for function in (forward, frames_second)]
+    sizes = (2,) if name.endswith("1d") else (2, 2)
+    data = labeled(*(torch.randn(n, frames, CHANNELS, *sizes, dtype=F64) for n in (3, 2)))
+    return models[0], models[1], data
+
+
+@cache
+def image_blocks(name: str, forward: Forward, frames: int, operator: Any) -> dict[str, Tensor]:
+    """Return an operator's blocks for the model with the examples first, or the exact ones."""
+    _, plain, data = image_problem(name, forward, frames)
+    if operator is GGNLinearOperator:
+        return ggn_blocks(plain, data)
+    return by_parameter(build(operator, plain, data), plain)
+
+
+@pytest.mark.parametrize(
+    ("forward", "frames", "operator", "backend"),
+    [
+        (frames_first, CHANNELS, EKFACLinearOperator, "hooks"),
+        (frames_first, CHANNELS, EKFACLinearOperator, "make_fx"),
+        (frames_first, CHANNELS, KFACLinearOperator, "hooks"),
+        (frames_first, CHANNELS, KFACLinearOperator, "make_fx"),
+        (frames_first, 3, EKFACLinearOperator, "hooks"),
+        (views_first, 2, EKFACLinearOperator, "hooks"),
+    ],
+)
+@pytest.mark.parametrize("name", IMAGE_LAYERS)
+def test_frames_before_examples(
+    name: str, forward: Forward, frames: int, operator: Any, backend: str
+):
+    """Layers whose channels are in the second axis: as if the examples came first.
+
+    Catches: frames that are taken for channels, if there are as many or groups divide them.
+    """
+    case = (name, forward, frames)
+    model, plain, data = image_problem(*case)
+    assert_close(model(data[0][0]), plain(data[0][0]))
+    K = build(operator, model, data, backend)
+    check_equal(K, model, image_blocks(*case, operator))
+    exact = image_blocks(*case, GGNLinearOperator)
+    if name in NORMS:
+        check_equal(K, model, exact, "layer.weight", "layer.bias")
+    if operator is EKFACLinearOperator:
+        check_traces(K, model, exact)
+
+
+# ---- layers whose input is the same for all examples ---------------------------------------------
+@dataclass(frozen=True)
+class Shared:
+    """A model with a layer whose input is the same for all examples.
+
+    Attributes:
+        forward: The model.
+        layer: That layer.
+        shape: The shape of one example.
+        sizes: Of the batches.
+        explicit: The same function, with an input for each example, if that can be.
+    """
+
+    forward: Forward
+    layer: Callable[[], nn.Module]
+    shape: tuple[int, ...] = (3,)
+    sizes: tuple[int, ...] = (3, 2)
+    explicit: Forward | None = None
+
+    def problem(self) -> tuple[Lambda, Data, tuple[str, ...]]:
+        """Return a model, data, and the names of the parameters that are refused."""
+        parts = {"a": nn.Linear(3, 4), "layer": self.layer(), "b": nn.Linear(4, 2)}
+        model = Lambda(self.forward, **parts).double()
+        names = tuple(f"layer.{name}" for name, _ in parts["layer"].named_parameters())
+        data = labeled(*(torch.randn(n, *self.shape, dtype=F64) for n in self.sizes))
+        return model, data, names
+
+
+def queries(x: Tensor) -> Tensor:
+    return torch.eye(2, 3, dtype=x.dtype)
+
+
+def one_row(x: Tensor) -> Tensor:
+    return x.new_ones(1, 3)
+
+
+def relative_bias(m: Any, x: Tensor) -> Tensor:
+    """As in T5."""
+    places = torch.arange(x.shape[1])
+    buckets = (places[None] - places[:, None]).clamp(-1, 1) + 1
+    bias = m.layer(buckets).permute([2, 0, 1]).unsqueeze(0)
+    q = m.a(x).unflatten(-1, (2, 2)).transpose(1, 2)
+    h = (q @ q.mT + bias).softmax(-1) @ q
+    return m.b(h.transpose(1, 2).flatten(2).mean(1))
+
+
+def with_vector(vector: Forward) -> Forward:
+    """Return a model that adds a vector to hidden features."""
+    return lambda m, x: m.b(torch.tanh(m.a(x) + vector(m, x)))
+
+
+def with_table(table: Forward) -> Forward:
+    """Return a model that adds a table to the hidden features of all positions."""
+    return lambda m, x: m.b(torch.tanh(m.a(x) + table(m, x)).cumsum(1)).mean(1)
+
+
+def linear() -> nn.Module:
+    return nn.Linear(3, 4)
+
+
+def table() -> nn.Module:
+    return nn.Embedding(4, 4)
+
+
+REDUCED = {
+    "first": Shared(with_vector(lambda m, x: m.layer(one_row(x))[0]), linear),
+    "last": Shared(with_vector(lambda m, x: m.layer(one_row(x))[-1]), linear),
+    "mean": Shared(with_vector(lambda m, x: m.layer(one_row(x)).mean(0)), linear),
+    "first-row": Shared(with_vector(lambda m, x: m.layer(torch.tensor([0]))[0]), table),
+    "second-row": Shared(with_vector(lambda m, x: m.layer(torch.arange(2))[1]), table),
+    "one-position": Shared(with_table(lambda m, x: m.layer(torch.tensor(1))), table, (1, 3)),
+    "as-many-positions": Shared(
+        with_table(lambda m, x: m.layer(torch.tensor(1))), table, (2, 3), (2, 2)
+    ),
+}
+CRASHING = {
+    "T5": Shared(relative_bias, lambda: nn.Embedding(3, 2), (4, 3)),
+    "repeated": Shared(
+        with_table(lambda m, x: m.layer(torch.arange(2)[None]).repeat(len(x), 1, 1)), table, (2, 3)
+    ),
+    "sliced": Shared(
+        with_table(lambda m, x: m.layer(torch.arange(4))[: x.shape[1]]), table, (3, 3)
+    ),
+    "vector": Shared(with_table(lambda m, x: m.layer(torch.tensor(1))), table, (4, 3)),
+    "transposed": Shared(
+        lambda m, x: m.b(torch.tanh(m.a(x))) + torch.tanh(m.a(x)) @ m.layer(queries(x)).T,
+        linear,
+    ),
+    "unsqueezed": Shared(with_table(lambda m, x: m.layer(torch.arange(2))[None]), table, (2, 3)),
+}
+SHARED_CASES = {**REDUCED, **CRASHING}
+each_shared = pytest.mark.parametrize("name", SHARED_CASES)
+each_way = pytest.mark.parametrize(
+    ("operator", "backend"),
+    [
+        (KFACLinearOperator, "hooks"),
+        (EKFACLinearOperator, "hooks"),
+        (EKFACLinearOperator, "make_fx"),
+    ],
+)
+
+
+@cache
+def shared(name: str) -> Any:
+    """Return model, data, names and exact blocks of a case."""
+    torch.manual_seed(0)
+    model, data, names = SHARED_CASES[name].problem()
+    return model, data, names, ggn_blocks(model, data)
+
+
+@pytest.mark.parametrize(
+    ("operator", "name", "backend"),
+    [
+        *((KFACLinearOperator, name, "hooks") for name in SHARED_CASES),
+        *((EKFACLinearOperator, name, "hooks") for name in SHARED_CASES),
+        *((EKFACLinearOperator, name, "make_fx") for name in ("first", "mean", "T5", "sliced")),
+    ],
+)
+def test_outputs_that_cannot_be_one_for_each_example(operator: Any, name: str, backend: str):
+    """Neither silently wrong, nor an error of the model with another shape inside."""
+    model, data, names, _ = shared(name)
+    check_refused(operator, model, data, backend, names, SHARED)
+
+
+@each_shared
+@each_way
+def test_shared_outputs_have_the_exact_diagonal(operator: Any, backend: str, name: str):
+    """If the user wants; EKFAC's other blocks stay exact."""
+    model, data, names, exact = shared(name)
+    K = build(operator, model, data, backend, unsupported="diagonal")
+    check_diagonals(K, model, exact, names)
+    if operator is EKFACLinearOperator:
+        check_traces(K, model, exact, names)
+
+
+@each_shared
+def test_shared_outputs_without_the_check(name: str):
+    """The same if the model is not evaluated before."""
+    model, data, names, exact = shared(name)
+    options = {"unsupported": "diagonal", "check_deterministic": False}
+    K = build(EKFACLinearOperator, model, data, **options)
+    check_diagonals(K, model, exact, names)
+    check_traces(K, model, exact, names)
+
+
+@each_way
+def test_examples_one_after_the_other(operator: Any, backend: str):
+    """A model may loop over them: its layers see no axis of examples. Catches: its own error."""
+    model = Lambda(
+        lambda m, x: torch.stack([m.b(torch.tanh(m.a(row))) for row in x]),
+        a=nn.Linear(3, 4),
+        b=nn.Linear(4, 2),
+    ).double()
+    data = labeled(*(torch.randn(n, 3, dtype=F64) for n in (3, 2)))
+    with pytest.raises(NotImplementedError, match=f"'a.weight'.*({APART}|{SHARED})"):
+        build(operator, model, data, backend)
+    K = build(operator, model, data, backend, unsupported="diagonal")
+    check_diagonals(K, model, ggn_blocks(model, data), LINEARS)
+
+
+BROADCAST = {
+    "positions": Shared(
+        with_table(lambda m, x: m.layer(torch.arange(x.shape[1])[None])),
+        table,
+        (3, 3),
+        explicit=with_table(lambda m, x: m.layer(torch.arange(x.shape[1]).expand(x.shape[:2]))),
+    ),
+    "positions-no-axis": Shared(
+        with_table(lambda m, x: m.layer(torch.arange(x.shape[1]))),
+        table,
+        (4, 3),
+        explicit=with_table(lambda m, x: m.layer(torch.arange(x.shape[1]).expand(x.shape[:2]))),
+    ),
+    "bias": Shared(
+        with_vector(lambda m, x: m.layer(one_row(x))),
+        linear,
+        explicit=with_vector(lambda m, x: m.layer(torch.ones_like(x))),
+    ),
+}
+
+
+@each_way
+@pytest.mark.parametrize("name", BROADCAST)
+def test_outputs_that_are_broadcast(name: str, operator: Any, backend: str):
+    """One output that is added to all examples: as if each had its own."""
+    case = BROADCAST[name]
+    model, data, _ = case.problem()
+    assert case.explicit is not None
+    explicit = Lambda(case.explicit, **dict(model.named_children()))
+    K = build(operator, model, data, backend)
+    check_equal(K, model, by_parameter(build(operator, explicit, data), explicit))
+    if operator is EKFACLinearOperator:
+        check_traces(K, model, ggn_blocks(model, data))
+
+
+# ---- PyTorch's fast path for encoders ------------------------------------------------------------
+@pytest.fixture
+def _fastpath() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+def encoder() -> tuple[nn.Module, Data]:
+    """Return an encoder in evaluation mode, and two batches with padding."""
+    layer = nn.TransformerEncoderLayer(4, 2, 5, batch_first=True)
+    model = Lambda(
+        lambda m, x: m.head(m.encoder(x["x"], src_key_padding_mask=x["padding"]).mean(1)),
+        encoder=nn.TransformerEncoder(layer, 2),
+        head=nn.Linear(4, 2),
+    )
+    lengths = torch.tensor([3, 2, 1, 2])
+    X, y = torch.randn(4, 3, 4, dtype=F64), torch.tensor([0, 1, 1, 0])
+    padding = torch.arange(3) >= lengths[:, None]
+    parts = [slice(0, 3), slice(3, 4)]
+    return model.double().eval(), [({"x": X[k], "padding": padding[k]}, y[k]) for k in parts]
+
+
+ENCODER_OPERATORS = {
+    "kfac": (KFACLinearOperator, {"fisher_type": "type-2"}),
+    "ekfac": (EKFACLinearOperator, {"fisher_type": "type-2"}),
+    "ekfac-make_fx": (EKFACLinearOperator, {"fisher_type": "type-2", "backend": "make_fx"}),
+    "ggn": (GGNLinearOperator, {}),
+    "hessian": (HessianLinearOperator, {}),
+}
+
+
+@pytest.mark.usefixtures("_fastpath")
+@pytest.mark.filterwarnings("ignore:The model uses fused attention:UserWarning")
+@pytest.mark.parametrize("name", ENCODER_OPERATORS)
+def test_encoders_with_padding(name: str):
+    """In evaluation mode, PyTorch takes other numbers for what is padded if there are no gradients.
+
+    Catches: "the model is not deterministic", and a setting of PyTorch that stays changed.
+    """
+    operator, options = ENCODER_OPERATORS[name]
+    model, data = encoder()
+    params = dict(model.named_parameters())
+    products = []
+    for enabled in (True, False):
+        torch.backends.mha.set_fastpath_enabled(enabled)
+        K = operator(
+            model, LOSS, params, data, batch_size_fn=lambda X: len(X["padding"]), **options
+        )
+        products.append(K @ torch.ones(K.shape[1], dtype=F64))
+        assert torch.backends.mha.get_fastpath_enabled() == enabled
+    assert products[0].any()
+    assert_close(*products)
+
+
+@pytest.mark.usefixtures("_fastpath")
+@pytest.mark.parametrize("operator", [EKFACLinearOperator, GGNLinearOperator])
+def test_the_fast_path_after_an_error(operator: Any):
+    """The setting is as before, too."""
+
+    def fails(m: Any, x: Tensor) -> Tensor:
+        raise ValueError("No prediction.")
+
+    model = Lambda(fails, a=nn.Linear(3, 2))
+    torch.backends.mha.set_fastpath_enabled(True)
+    with pytest.raises(ValueError, match="No prediction"):
+        operator(model, LOSS, dict(model.named_parameters()), labeled(torch.randn(3, 3)))
+    assert torch.backends.mha.get_fastpath_enabled()
