@@ -18,6 +18,7 @@ from curvlinops.computers.across_ranks import (
     connected,
     known_to_any,
 )
+from curvlinops.computers.arrangement import BATCH_FIRST
 from curvlinops.computers.encoding import decode, encode
 from curvlinops.computers.events import Collector, Statistic
 from curvlinops.computers.ggn_diagonal import GGNDiagonalComputer
@@ -38,6 +39,7 @@ from curvlinops.risk.model import FunctionalModel
 __all__ = ["Increment", "KFACComputer", "ParamGroup", "Statistic", "stacked"]
 
 Key = tuple[str, ...]
+_SEVERAL_TERMS = (FisherType.TYPE2, FisherType.EMPIRICAL)  # whose vectors mix those of an example
 """The names of a group's parameters."""
 
 
@@ -222,7 +224,8 @@ class KFACComputer(Looking):
             self.risk.confirm(batch, prediction)
         statistic.end_of_forward()
         F, targets = self.loss.terms(prediction, batch.y)
-        vectors = self._vectors(batch, F, targets, counter, signs)
+        owners = self._owners(prediction.detach(), batch, len(F))
+        vectors = self._vectors(batch, F, targets, counter, signs, owners)
         for vector, following in pairwise(chain(vectors, [None])):
             assert vector is not None
             collector.backward(F, vector, last=following is None)
@@ -344,7 +347,13 @@ class KFACComputer(Looking):
         )
 
     def _vectors(
-        self, batch: Batch, F: Tensor, targets: Any, counter: TermCounter, signs: str = "signs"
+        self,
+        batch: Batch,
+        F: Tensor,
+        targets: Any,
+        counter: TermCounter,
+        signs: str = "signs",
+        owners: Tensor | None = None,
     ) -> Iterator[Tensor]:
         """Return the loss vectors ``[m, C]`` to back-propagate for a batch."""
         num_terms = F.shape[0]
@@ -363,7 +372,33 @@ class KFACComputer(Looking):
             random=self._random,
             signs=signs,
             first_term=counter.advance(num_terms),
+            owners=owners,
         )
+
+    @property
+    def _keeps_terms_apart(self) -> bool:
+        """Whether terms of an example are back-propagated one by one; see the base class."""
+        return self.loss_terms == "exact" and self.fisher_type in _SEVERAL_TERMS
+
+    def _owners(self, prediction: Tensor, batch: Batch, num_terms: int) -> Tensor | None:
+        """Return the example of each loss term ``[m]`` if that matters, None if they are in order.
+
+        Raises:
+            ValueError: If it matters and is not known.
+        """
+        if not self._keeps_terms_apart or num_terms == batch.n:
+            return None
+        where = self._where_in(prediction, batch)
+        if where.axis is None or where == BATCH_FIRST:
+            return None
+        if not where.known:
+            raise ValueError(
+                f"The model's predictions have shape {list(prediction.shape)} for {batch.n} "
+                "examples, which cannot be told apart in it: to keep the loss terms of an example "
+                "apart, let the model return predictions with the examples in the first axis."
+            )
+        owners = where.owners(prediction, batch.n).double()
+        return self.loss.terms(owners, batch.y)[0][:, 0]
 
     def blocks(self) -> dict[Key, list[tuple[Factor, Factor | None]]]:
         """Compute the factors in one pass over the data, or a few if the memory is limited.

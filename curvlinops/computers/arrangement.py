@@ -42,6 +42,15 @@ class Arrangement:
         """Return into how many examples the tensor can be divided."""
         return n if self.known else 1
 
+    def owners(self, tensor: Tensor, n: int) -> Tensor:
+        """Return the number of the example that each entry of a tensor is of, in its shape."""
+        assert self.axis is not None
+        size = tensor.shape[self.axis]
+        index = torch.arange(size, device=tensor.device)
+        index = index % n if self.inner else index // (size // n)
+        shape = [size if axis == self.axis else 1 for axis in range(tensor.ndim)]
+        return index.reshape(shape).expand(tensor.shape)
+
     def examples_first(self, tensor: Tensor, n: int) -> Tensor:
         """Bring the n examples to the first axis; the same tensor for each where there are none."""
         if self.axis is None:

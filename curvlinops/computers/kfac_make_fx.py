@@ -147,8 +147,11 @@ class OneBatch(KFACComputer):
             return
 
     def _look_at_all_of(self, batch: Batch) -> None:
-        """Note how the model uses its parameters for a whole batch."""
-        self._note(*self._observe(batch.X, batch.n, lambda *_: None)[1:])
+        """Note how the model uses its parameters for a whole batch, before that is traced."""
+        prediction, usages, other_uses = self._observe(batch.X, batch.n, lambda *_: None)
+        self._note(usages, other_uses)
+        if self._keeps_terms_apart:
+            self._where_in(prediction, batch)
 
     def given(self, params: dict[str, Tensor], X: Any, y: Any, uniforms: Tensor | None) -> None:
         """Set parameters, batch and random numbers."""

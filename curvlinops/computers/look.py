@@ -8,7 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from curvlinops.computers.arrangement import Arrangements
+from curvlinops.computers.arrangement import (
+    BATCH_FIRST,
+    UNKNOWN,
+    Arrangement,
+    Arrangements,
+    find_arrangement,
+)
 from curvlinops.computers.layers import LAYERS
 from curvlinops.computers.per_example import ends, first_examples, last_example, structure
 from curvlinops.computers.plan import GroupPlan, MisfitError, plan_groups
@@ -41,6 +47,8 @@ class Looking:
         self._diagonal: set[str] = set()  # parameters that get a diagonal block
         self._arrangements = Arrangements()
         self._seen: set[Any] = set()  # structures of batches
+        self._predictions: dict[Any, list[Tensor]] = {}  # for single examples, by structure
+        self._prediction_at: dict[Any, Arrangement] = {}  # where they are in predictions
         self._recording = False  # whether a statistic has got events
         self._outdated = False  # whether they were others if it was known what is known now
         self._planned: tuple[Any, list[GroupPlan]] = (None, [])  # for how many of both, and plans
@@ -92,11 +100,15 @@ class Looking:
         self._arrangements.begin(signature)
         needed = batch.n > 1 and signature not in self._seen
         if self._any_rank(needed):
-            inputs = [self._look_at(_alone(batch, first_examples, 1))]
-            if self._any_rank(any(x.shape[:1] != (1,) for x in inputs[0].values())):
-                inputs.append(self._look_at(_alone(batch, last_example)))
+            seen = [self._look_at(_alone(batch, first_examples, 1))]
+            prediction, inputs = seen[0]
+            tensors = [*inputs.values(), *prediction]
+            if self._any_rank(any(x.shape[:1] != (1,) for x in tensors)):
+                seen.append(self._look_at(_alone(batch, last_example)))
             if needed:
-                self._arrangements.learn(inputs)
+                self._arrangements.learn([inputs for _, inputs in seen])
+            if needed and self._keeps_terms_apart:
+                self._predictions[signature] = [p for prediction, _ in seen for p in prediction]
         if needed:
             self._seen.add(signature)
         self._recording = True
@@ -105,21 +117,43 @@ class Looking:
         """Return whether to evaluate the model: all ranks do if it is sharded, or none."""
         return self.collective.any(wanted) if self.risk.sharded else wanted
 
-    def _look_at(self, one: Any) -> dict[tuple[Usage, int], Tensor]:
-        """Return the inputs of all calls of layers for a single example; none if there are none."""
+    def _look_at(self, one: Any) -> tuple[list[Tensor], dict[tuple[Usage, int], Tensor]]:
+        """Return the prediction for a single example, and the inputs of all calls of layers.
+
+        Both are empty if there are none.
+        """
         if one is None:  # the examples are not in the first axis of any tensor
-            return {}
+            return [], {}
         inputs: dict[tuple[Usage, int], Tensor] = {}
 
         def on_call(usage: Usage, index: int, x: Tensor) -> None:
             inputs[usage, index] = x
 
         try:
-            _, usages, other_uses = self._observe(one, 1, on_call)
+            prediction, usages, other_uses = self._observe(one, 1, on_call)
         except Exception:  # whatever a model does with a single example
-            return {}
+            return [], {}
         self._note(usages, other_uses)
-        return inputs
+        return [prediction], inputs
+
+    @property
+    def _keeps_terms_apart(self) -> bool:
+        """Whether it matters which loss terms are those of the same example."""
+        return False
+
+    def _where_in(self, prediction: Tensor, batch: Batch) -> Arrangement:
+        """Return where the examples of a batch are in its prediction."""
+        signature = _signature(batch)
+        if signature not in self._prediction_at:
+            alone = self._predictions.pop(signature, [])
+            if batch.n == 1:
+                return BATCH_FIRST
+            if alone and alone[0].ndim == prediction.ndim:
+                where = find_arrangement(alone, prediction, batch.n)
+            else:
+                where = BATCH_FIRST if prediction.shape[:1] == (batch.n,) else UNKNOWN
+            self._prediction_at[signature] = where
+        return self._prediction_at[signature]
 
     def _refuse_layers(self, batch: Batch) -> bool:
         """Refuse layers of inputs without examples if the model cannot do with one for each.

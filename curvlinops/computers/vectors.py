@@ -70,6 +70,7 @@ def loss_vectors(
     random: RandomSource,
     signs: str,
     first_term: int,
+    owners: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Yield vectors v ``[m, C]`` whose second moment, summed over v, is the loss curvature.
 
@@ -88,6 +89,8 @@ def loss_vectors(
         random: Source of random numbers.
         signs: What random signs are drawn for, see :data:`~curvlinops._random.PURPOSES`.
         first_term: Index of the first loss term in the whole data.
+        owners: The number of the example of each term ``[m]``; by default terms of an example are
+            next to each other.
     """
     num_terms, num_classes = F.shape
     if fisher_type is FisherType.FORWARD_ONLY:
@@ -117,6 +120,8 @@ def loss_vectors(
             yield sign.unsqueeze(-1) * vector
     else:
         position = torch.arange(num_terms, device=F.device) % per_example  # [m]
+        if owners is not None:
+            position = position[owners.argsort(stable=True).argsort()]
         for vector in vectors:
             for index in range(per_example):
                 yield vector * (position == index).unsqueeze(-1)

@@ -204,6 +204,17 @@ cases(
     lambda: build(nn.Conv1d(4, 4, 1)),  # takes the examples for channels
 )
 cases(
+    ValueError,
+    r"predictions have shape \[8, 2\] for 4 examples, which cannot be told apart",
+    "let the model return predictions with the examples in the first axis",
+    lambda: build(
+        Uses(lambda m, x: m.b(m.a(x)).repeat(2, 1) if len(x) > 1 else 1 / 0),
+        data=[(X, Y.repeat(2, 1))],
+        fisher_type="type-2",
+        loss_terms="exact",
+    ),
+)
+cases(
     NotImplementedError,
     r"'a.weight' and 'a.bias' is inside of torch.utils.checkpoint",
     "disable activation checkpointing",

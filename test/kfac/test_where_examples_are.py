@@ -431,6 +431,49 @@ def test_structures_have_arrangements_of_their_own(backend: str):
     check_traces(K, model, ggn_blocks(model, data))
 
 
+# ---- loss terms of an example --------------------------------------------------------------------
+def hidden_states(m: Any, x: Tensor) -> Tensor:
+    """Predictions ``[n, T, 2]``, which depend on the positions before."""
+    return m.b(torch.tanh(m.a(x).cumsum(1)))
+
+
+TERMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "examples first": lambda z: z.reshape(-1, 2),
+    "positions first": lambda z: z.transpose(0, 1).reshape(-1, 2),
+    "sorted": lambda z: z.flip(0).reshape(-1, 2),
+    "positions first, not flattened": lambda z: z.transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("order", TERMS)
+@pytest.mark.parametrize(
+    ("operator", "backend", "fisher_type"),
+    [
+        (KFACLinearOperator, "hooks", "type-2"),
+        (KFACLinearOperator, "hooks", "empirical"),
+        (KFACLinearOperator, "make_fx", "type-2"),
+        (EKFACLinearOperator, "hooks", "type-2"),
+        (EKFACLinearOperator, "hooks", "empirical"),
+        (KFOCLinearOperator, "hooks", "type-2"),
+    ],
+)
+def test_terms_of_an_example_in_any_order(
+    operator: Any, backend: str, fisher_type: str, order: str
+):
+    """In the exact mode, results do not depend on how predictions are flattened."""
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(3, 4), "b": nn.Linear(4, 2)}
+    expected = Lambda(hidden_states, **layers).double()
+    model = Lambda(lambda m, x: TERMS[order](hidden_states(m, x)), **layers).double()
+    X, Y = torch.randn(4, 2, 3, dtype=F64), torch.randn(4, 2, 2, dtype=F64)
+    params = dict(model.named_parameters())
+    options: Any = {"fisher_type": fisher_type, "backend": backend, "loss_terms": "exact"}
+    K = operator(model, nn.MSELoss(), params, [(X, TERMS[order](Y))], **options)
+    exact = operator(expected, nn.MSELoss(), params, [(X, Y)], **options)
+    tolerance = 1e-6 if operator is KFOCLinearOperator else 1e-10
+    torch.testing.assert_close(K.to_dense(), exact.to_dense(), rtol=tolerance, atol=tolerance)
+
+
 # ---- positions, frames or views first ------------------------------------------------------------
 def frames_first(m: Any, x: Tensor) -> Tensor:
     n, frames = x.shape[:2]
