@@ -223,6 +223,16 @@ def _find_in(axis: int, alone: list[Tensor], many: Tensor, n: int) -> Arrangemen
     return Arrangement(axis, inner=nearest == distances[1])
 
 
+def of_owners(values: Tensor, owners: Tensor | None) -> Tensor:
+    """Return values ``[m]`` of items that are sorted by owner for items of these owners, in order.
+
+    Args:
+        values: The values, first all those of the first owner.
+        owners: The owners' numbers ``[m]``; None if items are sorted.
+    """
+    return values if owners is None else values[owners.argsort(stable=True).argsort()]
+
+
 def _wide(tensor: Tensor) -> Tensor:
     """Return a tensor in double precision."""
     return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
@@ -238,4 +248,12 @@ def _largest(tensor: Tensor) -> float:
     return float(_wide(tensor).abs().max()) if tensor.numel() else 0.0
 
 
-__all__ = ["BATCH_FIRST", "UNKNOWN", "Arrangement", "Arrangements", "find_arrangement", "spread"]
+__all__ = [
+    "BATCH_FIRST",
+    "UNKNOWN",
+    "Arrangement",
+    "Arrangements",
+    "find_arrangement",
+    "of_owners",
+    "spread",
+]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvlinops._random import RandomSource
+from curvlinops.computers.arrangement import of_owners
 from curvlinops.kfac_utils import FisherType
 from curvlinops.risk import Loss
 
@@ -120,8 +121,7 @@ def loss_vectors(
             yield sign.unsqueeze(-1) * vector
     else:
         position = torch.arange(num_terms, device=F.device) % per_example  # [m]
-        if owners is not None:
-            position = position[owners.argsort(stable=True).argsort()]
+        position = of_owners(position, owners)
         for vector in vectors:
             for index in range(per_example):
                 yield vector * (position == index).unsqueeze(-1)
