@@ -48,7 +48,10 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
     belongs to an embedding and a linear layer has the Kronecker product nearest to the sum of both.
 
     The examples of a batch run along the first axis of the model's inputs; where they are inside of
-    the model is found by evaluating a single one.
+    the model is found by evaluating the first one alone, and the last one. A layer in whose input
+    they are not found is not supported where examples matter: with reduce, in normalisations, by
+    EKFAC and KFOC. Examples with different numbers of positions (tokens chosen by a mask) are
+    noticed when a batch has more or fewer than as many examples like the first one would have.
 
     Factors are computed once, in the constructor, in one pass over the data, whose predictions
     ``check_deterministic`` compares with those of a pass before. ``P, B, PT = K`` unpacks the
