@@ -24,6 +24,7 @@ from curvlinops import (
     KFACLinearOperator,
     KFOCLinearOperator,
 )
+from curvlinops.computers.arrangement import BATCH_FIRST, UNKNOWN, find_arrangement
 
 Data = list[tuple[Any, Tensor]]
 Forward = Callable[[Any, Tensor], Tensor]
@@ -429,6 +430,15 @@ def test_structures_have_arrangements_of_their_own(backend: str):
     data = labeled(*sequences(4, length=2), *sequences(4, length=3), *sequences(4, length=2))
     K = build(EKFACLinearOperator, model, data, backend)
     check_traces(K, model, ggn_blocks(model, data))
+
+
+@pytest.mark.parametrize(("off", "known"), [(0.0, True), (0.05, True), (0.07, False)])
+def test_tolerance(off: float, known: bool):
+    """Rounding of half precision is allowed; what is farther off is not found, though nearest."""
+    alone = torch.tensor([[1.0], [2.0]])
+    many = torch.cat([alone, alone]) + off
+    found = find_arrangement([alone, alone], many, 2)
+    assert found == (BATCH_FIRST if known else UNKNOWN)
 
 
 # ---- loss terms of an example --------------------------------------------------------------------
