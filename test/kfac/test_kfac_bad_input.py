@@ -949,15 +949,20 @@ def test_positions_before_examples(sizes: tuple[int, ...], kfac_approx: str):
 
 
 def test_examples_that_are_nowhere():
-    """The layer's first axis is no multiple of the examples, nor any other."""
+    """Expand takes the rows that the layer sees; what needs those of an example refuses it."""
 
     class Odd(Counted):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(torch.cat([x[:1], x]))[1:]
 
-    with pytest.raises(ValueError, match=r"The layer of 'layers.0.weight' and 'layers.0.bias' sees "
-                       r".*\[4, 2\] for 3 examples"):  # fmt: skip
-        kfac(Odd(nn.Linear(2, 2)), data=[(torch.rand(3, 2), torch.rand(3, 2))])
+    model, X = Odd(nn.Linear(2, 2)), torch.rand(3, 2)
+    data = [(X, torch.rand(3, 2))]
+    rows = torch.cat([X[:1], X])
+    _, A = kfac(model, data=data).factors("layers.0.weight")
+    torch.testing.assert_close(A, rows.T @ rows / 4)
+    message = r"'layers.0.weight' \(its layer's examples cannot be told apart\), 'layers.0.bias'"
+    with pytest.raises(NotImplementedError, match=message):
+        kfac(model, data=data, kfac_approx="reduce")
 
 
 def test_wrong_targets():
