@@ -2,8 +2,8 @@
 
 Layers see examples along the first axis, along another one (attention puts positions first), inside
 of an axis (positions and examples flattened together), or not at all (an embedding of positions is
-the same for all examples). The inputs of a batch tell, compared with those of its first example. If
-they do not, all examples are taken as one: what is a sum over all their positions is right.
+the same for all examples). The inputs of a batch tell, compared with those of its first and its last
+example alone. If they do not, all examples are taken as one: sums over all positions are right.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ UNKNOWN = Arrangement(known=False)
 
 
 class Arrangements:
-    """Where the examples are in the calls of layers, found by comparison with a single example.
+    """Where the examples are in the calls of layers, found by comparison with single examples.
 
     A call is a usage, and the number of the call in this way. Batches of another structure may have
     their examples elsewhere.
