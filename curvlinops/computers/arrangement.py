@@ -2,7 +2,7 @@
 
 Layers see examples along the first axis, along another one (attention puts positions first), inside
 of an axis (positions and examples flattened together), or not at all (an embedding of positions is
-the same for all examples). The inputs of a batch tell, compared with those of its first and its last
+the same for all examples). The inputs of a batch tell, compared with those of its first and last
 example alone. If they do not, all examples are taken as one: sums over all positions are right.
 """
 
