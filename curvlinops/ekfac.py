@@ -37,10 +37,13 @@ class EKFACLinearOperator(KFACLinearOperator):
     eigenbasis"). It is never further from that block in Frobenius norm than KFAC, and trace and
     diagonal in the basis are exact: always for one loss term per example or
     ``loss_terms="exact"``, else in expectation. Gradients are those of all positions also for
-    ``kfac_approx="reduce"``, which concerns the eigenvectors only.
+    ``kfac_approx="reduce"``, which concerns the eigenvectors only. (Where an input factor of
+    reduce has a null space, as with fewer examples than inputs, the eigenvectors in it are
+    arbitrary, but the eigenvalues are not zero: then the result depends on rounding errors.)
 
     The first pass over the data gives the factors, a second one the eigenvalues; it uses the same
-    Monte-Carlo samples. If the inputs and output gradients of all layers, of all data, take at most
+    Monte-Carlo samples, so it must see the data in the same order, which ``check_deterministic``
+    checks. If the inputs and output gradients of all layers, of all data, take at most
     64 MiB, they are kept, and the second pass does not evaluate the model again. Random signs of
     several loss terms need a second evaluation, and ``memory_budget`` leaves no room for this. All
     arguments are those of :class:`~curvlinops.KFACLinearOperator`.

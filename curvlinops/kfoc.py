@@ -54,7 +54,7 @@ class KFOCLinearOperator(KFACLinearOperator):
     - ``fisher_type`` is ``"type-2"`` or ``"mc"``.
     - ``kfac_approx`` is without influence: gradients are always those of all positions.
     - ``loss_terms``: the independent loss terms of an example are always kept apart exactly, also
-      for ``"signs"``.
+      for ``"signs"``, and those of Monte-Carlo samples.
     - ``max_factor_size``: a wider factor is a diagonal, and the product the nearest of that kind.
       This holds for the input factors of embeddings, too, which are matrices otherwise.
 

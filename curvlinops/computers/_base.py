@@ -39,7 +39,6 @@ from curvlinops.risk.model import FunctionalModel
 __all__ = ["Increment", "KFACComputer", "ParamGroup", "Statistic", "stacked"]
 
 Key = tuple[str, ...]
-_SEVERAL_TERMS = (FisherType.TYPE2, FisherType.EMPIRICAL)  # whose vectors mix those of an example
 """The names of a group's parameters."""
 
 
@@ -118,6 +117,7 @@ class KFACComputer(Looking):
         self.memory_budget = (
             None if memory_budget is None else as_integer("memory_budget", memory_budget, 1)
         )
+        self.check_deterministic = check_deterministic
         self.mc_samples = mc_samples
         self.loss_terms = loss_terms
         self.max_factor_size = max_factor_size
@@ -378,7 +378,7 @@ class KFACComputer(Looking):
     @property
     def _keeps_terms_apart(self) -> bool:
         """Whether terms of an example are back-propagated one by one; see the base class."""
-        return self.loss_terms == "exact" and self.fisher_type in _SEVERAL_TERMS
+        return self.loss_terms == "exact" and self.fisher_type is not FisherType.FORWARD_ONLY
 
     def _owners(self, prediction: Tensor, batch: Batch, num_terms: int) -> Tensor | None:
         """Return the example of each loss term ``[m]`` if that matters, None if they are in order.

@@ -47,9 +47,9 @@ def num_vectors(
     """Return how many vectors :func:`loss_vectors` yields; the arguments are its."""
     if fisher_type is FisherType.FORWARD_ONLY:
         return 0
-    if fisher_type is FisherType.MC:
-        return mc_samples
     columns = loss.num_columns(num_classes) if fisher_type is FisherType.TYPE2 else 1
+    if fisher_type is FisherType.MC:
+        columns = mc_samples
     return columns * (per_example if loss_terms == "exact" else 1)
 
 
@@ -76,8 +76,9 @@ def loss_vectors(
     """Yield vectors v ``[m, C]`` whose second moment, summed over v, is the loss curvature.
 
     Terms of one example are independent: products of back-propagated vectors must not mix them.
-    Monte-Carlo vectors have independent terms by themselves. The others are multiplied by random
-    signs, ``E[s_m s_m'] = δ_mm'``, or split into R vectors with one term per example.
+    ``"exact"`` splits each vector into R with one term per example. ``"signs"`` multiplies the
+    terms by random signs, ``E[s_m s_m'] = δ_mm'``, but those of Monte-Carlo vectors: their terms
+    are independent, of mean zero, by themselves.
 
     Args:
         loss: The loss entry.
@@ -96,16 +97,19 @@ def loss_vectors(
     num_terms, num_classes = F.shape
     if fisher_type is FisherType.FORWARD_ONLY:
         return
+    vectors: Iterator[Tensor]
     if fisher_type is FisherType.MC:
+        num_vectors = mc_samples
         draws = loss.draws(num_classes)
         uniforms = random.uniforms("samples", first_term, num_terms, mc_samples * draws)
-        for sample in uniforms.reshape(num_terms, mc_samples, draws).split(1, dim=1):
-            yield loss.sample(F, targets, sample)[0] / mc_samples**0.5
-        return
-    if fisher_type is FisherType.TYPE2:
+        vectors = (
+            loss.sample(F, targets, sample)[0] / mc_samples**0.5
+            for sample in uniforms.reshape(num_terms, mc_samples, draws).split(1, dim=1)
+        )
+    elif fisher_type is FisherType.TYPE2:
         num_vectors = loss.num_columns(num_classes)
         chunk = max(1, _CHUNK_ENTRIES // F.numel())
-        vectors: Iterator[Tensor] = (
+        vectors = (
             column
             for start in range(0, num_vectors, chunk)
             for column in loss.root_columns(F, targets, slice(start, start + chunk))
@@ -113,12 +117,12 @@ def loss_vectors(
     else:
         num_vectors = 1
         vectors = iter([loss.grad(F, targets)])
-    if per_example == 1:
-        yield from vectors
-    elif mixes_terms(fisher_type, per_example, loss_terms):
+    if mixes_terms(fisher_type, per_example, loss_terms):
         drawn = random.signs(signs, first_term, num_terms, num_vectors).to(F.device, F.dtype)
         for vector, sign in zip(vectors, drawn.T, strict=True):
             yield sign.unsqueeze(-1) * vector
+    elif loss_terms == "signs":
+        yield from vectors
     else:
         position = torch.arange(num_terms, device=F.device) % per_example  # [m]
         position = of_owners(position, owners)

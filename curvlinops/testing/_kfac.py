@@ -94,11 +94,11 @@ def check_kfac(
     =======================  ===================================================================
 
     G is block diagonal here: what is between the channel groups of a convolution, which all these
-    approximations drop, is left out. With several loss terms per example, ``"mc"`` and
-    ``loss_terms="signs"`` (the default here is ``"exact"``) keep them apart in expectation only;
-    then what holds in expectation only is not required. Parameters that are used in a way that is
-    not followed (a weight that is tied to an embedding, or multiplied by other functions than those
-    of layers) are not required to be exact or to follow the definition; everything else is.
+    approximations drop, is left out. With several loss terms per example, ``loss_terms="signs"``
+    (the default here is ``"exact"``) keeps them apart in expectation only; then what holds in
+    expectation only is not required. Parameters that are used in a way that is not followed (a
+    weight that is tied to an embedding, or multiplied by other functions than those of layers) are
+    not required to be exact or to follow the definition; everything else is.
 
     Args:
         model_func: The model, see :class:`~curvlinops.KFACLinearOperator`. It must be able to

@@ -56,10 +56,9 @@ class KFACCheck:
             self.evidence = gather_evidence(
                 self.risk, loss, str(fisher), self.mc_samples, seed, rtol
             )
-        exactly = options["loss_terms"] == "exact" and fisher is not FisherType.MC
         self.rules = Rules(
             identity=fisher is FisherType.FORWARD_ONLY,
-            apart=exactly or self.most_terms == 1,
+            apart=options["loss_terms"] == "exact" or self.most_terms == 1,
             max_factor_size=options.get("max_factor_size", 8192),
             rtol=rtol / 10,
         )

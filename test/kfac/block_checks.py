@@ -127,3 +127,8 @@ def given_samples(problem: Setup, num_samples: int, seed: int) -> list[list[Tens
     samples = entry.sample(F, targets, uniforms.reshape(len(F), num_samples, draws))
     sizes = [len(example.F) for example in examples]
     return [list(s / num_samples**0.5) for s in samples.split(sizes, dim=1)]
+
+
+def kept_apart(vectors: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Return R vectors with one loss term each in place of each vector ``[R, C]``."""
+    return [[row.unsqueeze(1) * v for v in own for row in torch.eye(len(v))] for own in vectors]

@@ -12,13 +12,33 @@ from typing import Any
 
 import pytest
 import torch
-from block_checks import assert_close, first_name, parts_of
+from block_checks import (
+    assert_close,
+    check_ekfac,
+    check_kfac,
+    first_name,
+    given_samples,
+    kept_apart,
+    parts_of,
+)
 from kfac_cases import ClassesSecond, Lambda, setup
 from kfac_reference import Setup
-from layer_reference import ekfac_eigenvalues, exact_block, layer_examples, reference_blocks
+from layer_reference import (
+    ekfac_eigenvalues,
+    exact_block,
+    layer_examples,
+    layer_places,
+    nearest_kronecker,
+    reference_blocks,
+)
 from torch import Tensor, nn
 
-from curvlinops import EKFACLinearOperator, KFACLinearOperator
+from curvlinops import (
+    EKFACLinearOperator,
+    GGNLinearOperator,
+    KFACLinearOperator,
+    KFOCLinearOperator,
+)
 from curvlinops._random import RandomSource
 from curvlinops.computers.recorder import Recorder
 
@@ -178,6 +198,39 @@ def test_signs_of_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 16 < (a == b).sum() < 48  # they are others
 
 
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+@each_loss
+def test_samples_of_the_exact_mode(loss: str, backend: str) -> None:
+    """Terms are kept apart: EKFAC has the trace of the GGN of the same samples, KFOC is nearest.
+
+    By default, EKFAC's eigenvalues sum over the terms of an example before they are squared.
+    """
+    problem = mixing(loss)
+    kwargs = problem.kwargs(separate_weight_and_bias=False, mc_samples=3, backend=backend)
+    exact = GGNLinearOperator(**problem.kwargs(), mc_samples=3).to_dense()
+    vectors = given_samples(problem, 3, 2147483647)
+    apart = kept_apart(vectors)
+    assert len(apart[0]) == 3 * R
+    E, summed = (EKFACLinearOperator(**kwargs, loss_terms=t) for t in ("exact", "signs"))
+    check_ekfac(E, problem, True, "given", "expand", apart)
+    check_ekfac(summed, problem, True, "given", "expand", vectors)
+    for approx in ("expand", "reduce"):
+        K = KFACLinearOperator(**kwargs, loss_terms="exact", kfac_approx=approx)
+        check_kfac(K, problem, True, "given", approx, apart)
+    C = KFOCLinearOperator(**kwargs)
+    differences = 0
+    for block in reference_blocks(problem, True, "given", "expand", apart):
+        places = layer_places(problem, block.group)
+        own, name = exact[places][:, places], first_name(block)
+        assert_close(E.block(name).to_dense().trace(), own.trace())
+        differences += (summed.block(name).trace() - own.trace()).abs() > 1e-2 * own.trace()
+        for part in parts_of(C.block(name)) if len(parts_of(C.block(name))) == 1 else ():
+            sizes = [len(factor) for factor in part]
+            nearest = torch.kron(*nearest_kronecker(own, *sizes)) if len(sizes) > 1 else own
+            torch.testing.assert_close(part.to_dense(), nearest, rtol=1e-6, atol=1e-8)
+    assert differences > 1
+
+
 # ---- passes --------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "count"),
@@ -187,7 +240,7 @@ def test_signs_of_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"fisher_type": "mc", "mc_samples": 5}, 5),
         ({"fisher_type": "type-2", "loss_terms": "exact"}, 2 * 4),
         ({"fisher_type": "empirical", "loss_terms": "exact"}, 4),
-        ({"fisher_type": "mc", "mc_samples": 5, "loss_terms": "exact"}, 5),
+        ({"fisher_type": "mc", "mc_samples": 5, "loss_terms": "exact"}, 5 * 4),
     ],
 )
 @pytest.mark.parametrize("cls", [KFACLinearOperator, EKFACLinearOperator])
@@ -195,7 +248,7 @@ def test_signs_of_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_number_of_backward_passes(
     recorded: bool, cls: Any, options: dict[str, Any], count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Vectors are columns (classes less one) or gradients; the exact mode has R = 4 times as many.
+    """Vectors are columns (classes less one), gradients or samples; the exact mode has R = 4 times.
 
     EKFAC needs them twice, with other signs; or else keeps what it needs, if there is room.
     """

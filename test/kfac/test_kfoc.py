@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from block_checks import given_samples, kept_apart
 from kfac_cases import setup
 from kfac_reference import Setup
 from layer_cases import LAYER_CASES, layer_setup
@@ -34,12 +35,10 @@ from curvlinops import (
     KFACLinearOperator,
     KFOCLinearOperator,
 )
-from curvlinops._random import RandomSource
 from curvlinops.computers import group_statistic, kfac_make_fx, kfoc, products
 from curvlinops.computers.kfoc_hooks import HooksKFOCComputer
 from curvlinops.computers.kfoc_make_fx import MakeFxKFOCComputer
 from curvlinops.computers.singular_vectors import SingularVectorSearch, positive_part
-from curvlinops.risk import loss_entry
 
 # PyTorch's own remark about an even kernel with padding "same"
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -172,23 +171,11 @@ def test_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
         assert max(map(len, parts)) == most
 
 
-def given_samples(problem: Setup, num_samples: int, seed: int) -> list[list[Tensor]]:
-    """Return the Monte-Carlo vectors of each example, in the order of the data."""
-    entry, _ = loss_entry(problem.loss)
-    F = torch.cat([example.F for example in problem.examples])
-    targets = torch.cat([example.targets for example in problem.examples])
-    F, targets = entry.terms(F, targets)
-    draws = entry.draws(F.shape[1])
-    uniforms = RandomSource(seed).uniforms("samples", 0, len(F), num_samples * draws)
-    samples = entry.sample(F, targets, uniforms.reshape(len(F), num_samples, draws))
-    sizes = [len(example.F) for example in problem.examples]
-    return [list(s / num_samples**0.5) for s in samples.split(sizes, dim=1)]
-
-
 @pytest.mark.parametrize("name", ["mlp-norms", "conv2d-groups", "embedding", "head-bias", "gpt"])
 def test_given_samples(name: str) -> None:
+    """Also of several loss terms, of the embedding and the transformer, which are kept apart."""
     problem, joint = layer_setup(name), LAYER_CASES[name].joint[-1]
-    vectors = given_samples(problem, 3, 11)
+    vectors = kept_apart(given_samples(problem, 3, 11))
     K = build(problem, joint, fisher_type="mc", mc_samples=3, seed=11)
     check(K, problem, joint, "given", vectors)
 
@@ -460,9 +447,11 @@ def test_memory(gram: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_statistic, "_ENTRIES", 512)
     monkeypatch.setattr(products, "_between_positions", lambda *sizes: gram)
     model = nn.Linear(i, o, bias=False)
-    data = [(torch.rand(n, S, i), torch.rand(n, S, o))]
+    params = {"0.weight": model.weight}
+    data = [(torch.rand(n, S, i), torch.rand(n, S * o))]
+    model = nn.Sequential(model, nn.Flatten())  # one loss term, back-propagated at once
     options = {"check_deterministic": False, "num_data": n}
-    computer = HooksKFOCComputer(model, nn.MSELoss(), {"weight": model.weight}, data, **options)
+    computer = HooksKFOCComputer(model, nn.MSELoss(), params, data, **options)
     with Largest() as largest:
         computer.compute()
     assert largest.entries == 512

@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from block_checks import assert_close, check_ekfac, check_kfac, first_name, given_samples
+from block_checks import (
+    assert_close,
+    check_ekfac,
+    check_kfac,
+    first_name,
+    given_samples,
+    kept_apart,
+)
 from kfac_cases import ClassesSecond, Lambda
 from kfac_reference import Setup
 from layer_reference import (
@@ -112,6 +119,7 @@ def test_kfac_and_ekfac(loss: str, approx: str, fisher_type: str) -> None:
         for example, own in zip(layer_examples(problem), vectors, strict=True):
             ignored = example.targets == problem.loss.ignore_index
             assert all(not v[ignored].any() and v[~ignored].any(1).all() for v in own)
+        vectors = kept_apart(vectors)
     options |= {"loss_terms": "exact", "separate_weight_and_bias": False}
     K = KFACLinearOperator(**problem.kwargs(), **options)
     check_kfac(K, problem, True, kind, approx, vectors)
