@@ -43,6 +43,9 @@ class EKFACComputer(KFACComputer):
                 "EKFAC needs gradients: fisher_type='forward-only' is one of KFAC's only. "
                 "Use another one, or KFACLinearOperator."
             )
+        # the samples of a loss term depend on its place in the data
+        same_order = self.check_deterministic and self.fisher_type is FisherType.MC
+        self.risk.records_passes = same_order
 
     decomposes = True
 
@@ -130,6 +133,7 @@ class EKFACComputer(KFACComputer):
         """Give a statistic the events of the second pass; return the loss's scale."""
         recorder, self._recorder = self._recorder, None
         if recorder is None or self.collective.any(not recorder.complete):
+            self.risk.repeat()
             return self._gather(statistic, "EKFAC eigenvalues", "eigenvalue-signs")
         with self.collective.together(), torch.no_grad():
             for num_vectors in recorder.replay(self._precise(statistic)):

@@ -28,7 +28,11 @@ from curvlinops.computers.usages import Usage
 from curvlinops.diag import DiagonalLinearOperator
 from curvlinops.kfac_utils import FisherType
 
-_SUPPORTED = (FisherType.TYPE2, FisherType.MC)
+#: The Fisher types, and what else may keep the search from converging.
+_SAMPLES = {
+    FisherType.TYPE2: "",
+    FisherType.MC: " (All passes must see the data in the same order to have the same samples.)",
+}
 
 
 @dataclass
@@ -61,7 +65,7 @@ class KFOCComputer(KFACComputer):
     ):
         self.max_iter, self.tol = check_accuracy(max_iter, tol)
         super().__init__(*args, loss_terms=loss_terms, **kwargs)
-        if self.fisher_type not in _SUPPORTED:
+        if self.fisher_type not in _SAMPLES:
             raise ValueError(
                 f"KFOC needs fisher_type='type-2' or 'mc', got {str(self.fisher_type)!r}."
             )
@@ -197,7 +201,7 @@ class KFOCComputer(KFACComputer):
             warn(
                 f"The nearest Kronecker products of {names} have not converged in "
                 f"max_iter={self.max_iter} iterations: the largest relative residual is "
-                f"{max(open_.values()):.1e}. Increase max_iter or tol.",
+                f"{max(open_.values()):.1e}. Increase max_iter or tol.{_SAMPLES[self.fisher_type]}",
                 stacklevel=2,
             )
 

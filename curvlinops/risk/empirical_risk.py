@@ -138,9 +138,11 @@ class EmpiricalRisk:
         self.prediction_shapes: list[torch.Size] | None = None
 
         self._needs_fixed_order = needs_fixed_order
-        #: The first pass of the check, until another one has been compared with it.
+        #: A pass until another one has been compared with it: the check's first, or see repeat.
         self._unconfirmed: PassRecord | None = None
         self._confirming = PassRecord()
+        #: Whether passes are recorded of which others may be repetitions.
+        self.records_passes = False
         #: Number of loss terms on the ranks before this one; None until they are counted.
         self._terms_before: int | None = 0 if self.collective.alone else None
 
@@ -280,9 +282,23 @@ class EmpiricalRisk:
             batch: The batch.
             prediction: The model's prediction.
         """
-        if self._unconfirmed is not None:
+        if self._records:
             with torch.no_grad():
                 self._confirming.add(batch, prediction.detach(), self.loss)
+
+    def repeat(self) -> None:
+        """Let the next pass be compared with the last one; the order must be the same, too.
+
+        Both hand their predictions to :meth:`confirm`, and :attr:`records_passes` was set before.
+        Data in a list have a fixed order.
+        """
+        if self.records_passes and not self._fixed_data:
+            self._unconfirmed, self._needs_fixed_order = self._confirming, True
+
+    @property
+    def _records(self) -> bool:
+        """Whether a pass is recorded."""
+        return self._unconfirmed is not None or (self.records_passes and not self._fixed_data)
 
     def term_counter(self) -> TermCounter:
         """Return a new counter for the indices of the loss terms in a pass.
@@ -538,11 +554,11 @@ class EmpiricalRisk:
 
     def _begin_check(self) -> None:
         """Begin to note the predictions of a pass, if one is to be compared with the check's."""
-        if self._unconfirmed is not None:
+        if self._records:
             self._confirming = self._new_record()
 
     def _end_check(self, n: int) -> None:
-        """Compare a pass over n examples with the check's first one, if all were handed over."""
+        """Compare a pass over n examples with one before, if all were handed over."""
         first, second = self._unconfirmed, self._confirming
         if first is not None and second.num_examples == n:
             self._unconfirmed = None

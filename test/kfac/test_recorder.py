@@ -14,6 +14,7 @@ from kfac_cases import Lambda
 from kfac_reference import Setup
 from layer_cases import LAYER_CASES, layer_setup
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from curvlinops import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
 from curvlinops.computers._base import KFACComputer
@@ -48,7 +49,7 @@ ONE, TWO = ["KFAC factors"], ["KFAC factors", "EKFAC eigenvalues"]
 def ekfac(setup: Setup, **options: Any) -> EKFACLinearOperator:
     if "fisher_type" not in options:
         options = {"mc_samples": 2, **options}
-    return EKFACLinearOperator(**setup.kwargs(), **options)
+    return EKFACLinearOperator(**setup.kwargs(**options))
 
 
 def both(
@@ -168,6 +169,85 @@ def test_size(sizes: list[int], passes: list[str], monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(Recorder, "_BYTES", size)
         ekfac(setup, mc_samples=1)
         assert passes == expected
+
+
+# ---- data in another order at each pass ----------------------------------------------------------
+class Shuffled:
+    """Batches of data in an order of their own at each pass."""
+
+    def __init__(self, setup: Setup):
+        self.X, self.y = (torch.cat(parts) for parts in zip(*setup.data, strict=True))
+        self.generator = torch.Generator().manual_seed(2)
+
+    def __iter__(self) -> Iterator[Any]:
+        for rows in torch.randperm(len(self.X), generator=self.generator).split(4):
+            yield self.X[rows], self.y[rows]
+
+
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+def test_order_of_the_second_pass(backend: str, monkeypatch: pytest.MonkeyPatch):
+    """It must be that of the first one, because samples depend on it; if there is a second one."""
+    setup = linear(torch.rand(6, 3, dtype=F64), [4, 2])
+    setup.data = Shuffled(setup)
+    ekfac(setup, backend=backend)
+    monkeypatch.setattr(Recorder, "_BYTES", 0)
+    with pytest.raises(RuntimeError, match="order of the data differs between two passes"):
+        ekfac(setup, backend=backend, check_deterministic=True)
+    ekfac(setup, backend=backend, check_deterministic=False)
+    exact = ekfac(setup, backend=backend, check_deterministic=True, fisher_type="type-2")
+    setup.data = list(setup.data)
+    expected = ekfac(setup, backend=backend, fisher_type="type-2")
+    torch.testing.assert_close(exact.to_dense(), expected.to_dense())
+
+
+@pytest.mark.parametrize("memory_budget", [None, 3000])
+def test_order_by_the_global_generator(
+    memory_budget: int | None, passes: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Is the same in all passes: with a budget in the first and second one of each part."""
+    setup = linear(torch.rand(6, 3, dtype=F64))
+    batches = DataLoader(TensorDataset(*setup.data[0]), batch_size=4, shuffle=True)
+    monkeypatch.setattr(Recorder, "_BYTES", 0)
+    setup.data = batches
+    torch.manual_seed(1)
+    E = ekfac(setup, check_deterministic=True, memory_budget=memory_budget)
+    assert passes[-2:] == TWO
+    torch.manual_seed(1)
+    setup.data = list(batches)
+    torch.testing.assert_close(E.to_dense(), ekfac(setup).to_dense())
+
+
+def test_order_with_a_memory_budget(passes: list[str]):
+    """The passes of every part are compared."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 20), nn.Tanh(), nn.Linear(20, 2)).double()
+    X, y = torch.rand(6, 3, dtype=F64), torch.rand(6, 2, dtype=F64)
+    setup = Setup(model, nn.MSELoss(), dict(model.named_parameters()), [(X, y)])
+    options = {"memory_budget": 18000, "check_deterministic": True}
+    ekfac(setup, **options)
+    parts = passes.count(TWO[1])
+    assert parts > 1
+    right = Shuffled(setup)
+
+    class OtherOrder(Shuffled):
+        """Has another order in the pass of a number."""
+
+        count, other = 0, -1
+
+        def __iter__(self) -> Iterator[Any]:
+            OtherOrder.count += 1
+            rows = torch.arange(6)
+            rows = rows.flip(0) if OtherOrder.count == OtherOrder.other else rows
+            yield right.X[rows], right.y[rows]
+
+    data = OtherOrder(setup)
+    setup.data = data
+    ekfac(setup, **options)
+    total = OtherOrder.count
+    for number in range(total - 2 * parts + 1, total + 1):
+        OtherOrder.count, OtherOrder.other = 0, number
+        with pytest.raises(RuntimeError, match="order of the data differs"):
+            ekfac(setup, **options)
 
 
 def usage(name: str) -> Usage:
