@@ -50,8 +50,10 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
     The examples of a batch run along the first axis of the model's inputs; where they are inside of
     the model is found by evaluating the first one alone, and the last one. A layer in whose input
     they are not found is not supported where examples matter: with reduce, in normalisations, by
-    EKFAC and KFOC. Examples with different numbers of positions (tokens chosen by a mask) are
-    noticed when a batch has more or fewer than as many examples like the first one would have.
+    EKFAC and KFOC. So are layers of rows that the model selects, another number for each example
+    (tokens chosen by a mask, repeated, or joined from a list of examples); rows that it picks by
+    their numbers are noticed when a batch has more or fewer than as many examples like the first
+    one would have.
 
     Factors are computed once, in the constructor, in one pass over the data, whose predictions
     ``check_deterministic`` compares with those of a pass before. ``P, B, PT = K`` unpacks the
@@ -78,10 +80,10 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
             same; the first takes less time and memory, the second runs functions, too.
         unsupported: What becomes of parameters that no supported layer uses: ``"raise"`` an error
             that lists them, or a ``"diagonal"`` block, the exact diagonal of the GGN.
-        loss_terms: How the independent loss terms of an example (tokens, pixels) are kept apart,
-            for ``"type-2"`` and ``"empirical"``: ``"signs"`` multiplies each by a random sign,
-            which is unbiased (and exact where positions do not mix); ``"exact"`` back-propagates
-            one after the other.
+        loss_terms: How the independent loss terms of an example (tokens, pixels) are kept apart.
+            ``"signs"`` back-propagates all together, for ``"type-2"`` and ``"empirical"`` each
+            multiplied by a random sign (samples are independent anyway), which is unbiased, and
+            exact where positions do not mix; ``"exact"`` back-propagates one after the other.
         max_factor_size: A wider factor keeps its diagonal only.
         process_group: A ``torch.distributed`` process group, each of whose ranks has a part of the
             data: factors are those of all data. Blocks are decomposed and inverted by one rank

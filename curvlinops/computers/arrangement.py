@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops.computers.selection import unevenly_selected
+
 # How far entries of the same example may be off, relative to the largest: products may be those of
 # bfloat16. And how many times farther those of others are at least.
 _SLACK, _FARTHER = 2**-5, 10
@@ -86,6 +88,24 @@ class Arrangements:
         self._refused: set[Any] = set()
         self._ignored = False
         self._disturbed: int | None = None
+        self._uneven: set[int] = set()
+
+    def begin_forward(self) -> None:
+        """Begin with an evaluation of the model."""
+        self._uneven = set()
+
+    def on_function(self, name: str, args: Any, kwargs: Any, result: Any, n: int) -> None:
+        """Note the rows that one of the functions of ``SELECTING`` selects of n examples.
+
+        If examples have different numbers of them, they cannot be told apart afterwards, even if
+        there are as many rows as if the numbers were the same.
+        """
+        if n > 1:
+            self._uneven |= unevenly_selected(name, args, kwargs, result, n)
+
+    def uneven(self, size: int) -> bool:
+        """Return whether examples may have different numbers of rows in an axis of a size."""
+        return size in self._uneven
 
     def begin(self, structure: Any) -> None:
         """Take what follows to be about batches of a structure."""
@@ -115,11 +135,12 @@ class Arrangements:
                 where = BATCH_FIRST if n in accumulate(leading, mul) else UNKNOWN
             if where.axis is None:
                 self._unverified.add((usage, index))
-        positions = self._positions.get(call)
-        if positions is not None and x.shape[where.axis or 0] != n * positions:
-            # as many as before, unless they depend on what is in the examples
-            del self._positions[call]
-            where = self._found[call] = UNKNOWN
+        if where.known and where.axis is not None:
+            size, positions = x.shape[where.axis], self._positions.get(call)
+            if self.uneven(size) or (positions is not None and size != n * positions):
+                # not as many as before, or not as many of each: they depend on what is in them
+                self._positions.pop(call, None)
+                where = self._found[call] = UNKNOWN
         if not where.known:
             self._unknown[usage, index] = None
         return where

@@ -17,6 +17,7 @@ from curvlinops.computers.arrangement import BATCH_FIRST, Arrangements
 from curvlinops.computers.callers import called_by
 from curvlinops.computers.layers import read_function
 from curvlinops.computers.positions import Positions
+from curvlinops.computers.selection import SELECTING
 from curvlinops.computers.usages import Parameters, Usage, tensors_in
 
 
@@ -73,6 +74,7 @@ class HooksCollector:
         device = next(iter(params.values())).device
         self._root = torch.empty(0, device=device, requires_grad=True)
         self._n = n
+        self._arrangements.begin_forward()
         self.calls, self.other_uses = {}, {}
         self._listening = True
         try:
@@ -92,6 +94,10 @@ class HooksCollector:
         if not F.requires_grad:
             return  # the prediction depends on none of the layers
         torch.autograd.grad(F, self._root, vector, retain_graph=not last, allow_unused=True)
+
+    def on_selection(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
+        """A function that selects rows was called."""
+        self._arrangements.on_function(name, args, kwargs, output, self._n)
 
     def on_call(self, usage: Usage, x: Tensor, output: Tensor) -> Tensor:
         """A layer was called; return its output."""
@@ -186,7 +192,12 @@ class _Watch(TorchFunctionMode):
         with _unseen():
             touched = self._params.sharing(args, kwargs)
         if not touched:  # nor can the result share memory with a parameter
-            return func(*args, **kwargs)
+            output = func(*args, **kwargs)
+            name = getattr(func, "__name__", "")
+            if name in SELECTING:
+                with _unseen():
+                    self._collector.on_selection(name, args, kwargs, output)
+            return output
         with _unseen():
             involved = self._params.involved([x for x in touched if id(x) not in self._constants])
         if not involved:

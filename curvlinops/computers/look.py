@@ -153,7 +153,10 @@ class Looking:
             else:
                 where = BATCH_FIRST if prediction.shape[:1] == (batch.n,) else UNKNOWN
             self._prediction_at[signature] = where
-        return self._prediction_at[signature]
+        where = self._prediction_at[signature]
+        if where.axis is not None and self._arrangements.uneven(prediction.shape[where.axis]):
+            return UNKNOWN
+        return where
 
     def _refuse_layers(self, batch: Batch) -> bool:
         """Refuse layers of inputs without examples if the model cannot do with one for each.
@@ -173,7 +176,7 @@ class Looking:
         except Exception:  # whatever a model does with another shape
             right = False
         if not right:
-            self._leave(shared, "its layer's input is the same for all examples")
+            self._leave(shared, "its layer's input has no axis of examples")
         return not right
 
     def _can_do_with_one_each(self, X: Any, n: int) -> bool:

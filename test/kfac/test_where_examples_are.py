@@ -31,7 +31,7 @@ Forward = Callable[[Any, Tensor], Tensor]
 
 F64 = torch.float64
 LOSS = nn.CrossEntropyLoss()
-APART, SHARED = "examples cannot be told apart", "input is the same for all examples"
+APART, SHARED = "examples cannot be told apart", "input has no axis of examples"
 
 each_backend = pytest.mark.parametrize("backend", ["hooks", "make_fx"])
 
@@ -176,6 +176,14 @@ def chosen(m: Any, x: Tensor) -> Tensor:
     return out.sum(1)
 
 
+def chosen_by_number(m: Any, x: Tensor) -> Tensor:
+    keep = x[..., 0].flatten()
+    numbers = [i for i, entry in enumerate(keep.tolist()) if entry > 0]
+    out = x.new_zeros(len(keep), 2)
+    out[numbers] = net(m, x.flatten(0, 1)[numbers])
+    return out.unflatten(0, (len(x), -1)).sum(1)
+
+
 def positions_first(m: Any, x: Tensor) -> Tensor:
     n, length = x.shape[:2]
     return net(m, x.transpose(0, 1).reshape(-1, 3)).reshape(length, n, 2).mean(0)
@@ -241,6 +249,12 @@ MIXED = {
     "chosen": Mixed(chosen, lambda: numbers_of_tokens((3, 1, 2, 2))),
     "chosen-fits-two": Mixed(chosen, lambda: numbers_of_tokens((2, 2, 3, 1))),
     "chosen-later": Mixed(chosen, lambda: numbers_of_tokens((2, 2, 2), (3, 1, 1))),
+    "chosen by number-later": Mixed(
+        chosen_by_number, lambda: numbers_of_tokens((2, 2, 2), (3, 1, 1))
+    ),
+    "chosen-as many": Mixed(chosen, lambda: numbers_of_tokens((2, 1, 3, 2))),
+    "chosen-one on average": Mixed(chosen, lambda: numbers_of_tokens((1, 2, 0, 1))),
+    "chosen-as many later": Mixed(chosen, lambda: numbers_of_tokens((2, 2, 2), (2, 3, 1))),
     "tie-zero state": Mixed(
         zero_state,
         lambda: sequences(3, 4, length=2),
@@ -262,7 +276,7 @@ NEED_EXAMPLES = {
     "reduce": (KFACLinearOperator, {"kfac_approx": "reduce"}),
 }
 # The other backend is slower, and less is tried with it.
-TRACED = ("(h n w)", "chosen", "chosen-later")
+TRACED = ("(h n w)", "chosen", "chosen-as many later")
 each_mixed = pytest.mark.parametrize(
     ("name", "backend"), [(n, "hooks") for n in MIXED] + [(n, "make_fx") for n in TRACED]
 )
@@ -401,6 +415,151 @@ def test_equally_many_tokens_of_each_example(backend: str):
     data = labeled(*numbers_of_tokens((2, 2, 2, 2)))
     K = build(EKFACLinearOperator, model, data, backend)
     check_traces(K, model, ggn_blocks(model, data))
+
+
+def where_it_is(keep: Tensor) -> Tensor:
+    return keep.flatten().nonzero()[:, 0]
+
+
+#: Ways to choose tokens ``[:, 3]`` of x ``[n, T, 3]`` by a mask ``[n, T]``.
+CHOOSE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mask of rows": lambda x, keep: x.flatten(0, 1)[keep.flatten()],
+    "mask first": lambda x, keep: x[keep, :],
+    "bytes": lambda x, keep: x.flatten(0, 1)[where_it_is(keep.to(torch.uint8))],
+    "nonzero": lambda x, keep: x[keep.nonzero(as_tuple=True)],
+    "where": lambda x, keep: x[torch.where(keep)],
+    "where by name": lambda x, keep: x[torch.where(condition=keep)],
+    "argwhere": lambda x, keep: x[tuple(torch.argwhere(keep).T)],
+    "index_select": lambda x, keep: x.flatten(0, 1).index_select(0, where_it_is(keep)),
+    "masked_select": lambda x, keep: torch.masked_select(x, keep.unsqueeze(-1)).reshape(-1, 3),
+    "masked_select of entries": lambda x, keep: x.masked_select(
+        mask=keep.unsqueeze(-1).expand_as(x)
+    ).unflatten(0, (-1, 3)),
+    "repeats": lambda x, keep: x.flatten(0, 1).repeat_interleave(keep.flatten().long(), dim=0),
+    "repeats by name": lambda x, keep: torch.repeat_interleave(
+        input=x.flatten(0, 1), repeats=keep.flatten().long(), dim=0
+    ),
+    "repeated index": lambda x, keep: x.flatten(0, 1)[
+        torch.repeat_interleave(keep.flatten().long())
+    ],
+    "unique": lambda x, keep: x.flatten(0, 1)[  # the first one is always there
+        torch.unique(torch.arange(keep.numel()) * keep.flatten())
+    ],
+    "pieces": lambda x, keep: torch.cat([x[i, keep[i]] for i in range(len(x))]),
+    "pieces along 0": lambda x, keep: torch.concat([x[i, keep[i]] for i in range(len(x))], dim=0),
+}
+each_choice = pytest.mark.parametrize("choice", CHOOSE)
+
+
+def chosen_by(choice: str) -> nn.Module:
+    """Return a model of chosen tokens."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        keep = x[..., 0] > 0
+        rows = net(m, CHOOSE[choice](x, keep))
+        places = where_it_is(keep)
+        return x.new_zeros(keep.numel(), 2).index_put((places,), rows).unflatten(0, (-1, 3)).sum(1)
+
+    torch.manual_seed(0)
+    return Lambda(forward, a=nn.Linear(3, 4), norm=nn.Identity(), b=nn.Linear(4, 2)).double()
+
+
+@each_backend
+@each_choice
+def test_as_many_rows_as_of_equal_examples(choice: str, backend: str):
+    """But examples have different numbers of them, however they are chosen."""
+    model, data = chosen_by(choice), labeled(*numbers_of_tokens((2, 1, 3, 2)))
+    assert len(CHOOSE[choice](data[0][0], data[0][0][..., 0] > 0)) == 8
+    check_refused(EKFACLinearOperator, model, data, backend, LINEARS, APART)
+
+
+@each_backend
+@each_choice
+def test_equally_many_rows_of_each_example(choice: str, backend: str):
+    """They may differ from batch to batch."""
+    model = chosen_by(choice)
+    data = labeled(*numbers_of_tokens((2, 2, 2, 2), (2, 2, 2)))
+    if choice == "unique":  # whose numbers cannot be known
+        check_refused(EKFACLinearOperator, model, data, backend, LINEARS, APART)
+    else:
+        K = build(EKFACLinearOperator, model, data, backend)
+        check_traces(K, model, ggn_blocks(model, data))
+
+
+#: What has nothing to do with the examples, though numbers may be equal: 4 of 8 tokens of 4.
+UNRELATED: dict[str, Forward] = {
+    "fixed tokens": lambda m, x: net(m, x[:, FIXED].reshape(-1, 3)).unflatten(0, (-1, 4)).mean(1),
+    "fixed tokens, not flattened": lambda m, x: net(m, x[:, FIXED]).mean(1),
+    "fixed features": lambda m, x: net(m, x.repeat(1, 1, 3)[..., FIXED_FEATURES]).mean(1),
+    "chosen entries": lambda m, x: net(m, torch.where(largest(x), x, 0.1 * x)).mean(1),
+    "chosen entries by name": lambda m, x: net(
+        m, torch.where(input=x, other=0.1 * x, condition=largest(x))
+    ).mean(1),
+    "positions first": lambda m, x: net(
+        m, torch.cat([x.transpose(0, 1)[:3], x.transpose(0, 1)[3:4]])
+    ).mean(0),
+    "a sum of them": lambda m, x: net(m, x[:, :1].flatten(1) + x[x > 0].sum() * 0),
+}
+
+
+def largest(x: Tensor) -> Tensor:
+    """Return where the four largest entries are."""
+    return x >= x.flatten().topk(4).values.min()
+
+
+FIXED = torch.tensor([True, False, True, True, False, False, True, False])
+FIXED_FEATURES = torch.tensor([True, False, True, True, False, False, False, False, False])
+
+
+@each_backend
+@pytest.mark.parametrize("name", UNRELATED)
+def test_selections_without_examples(name: str, backend: str):
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(3, 4), "norm": nn.Identity(), "b": nn.Linear(4, 2)}
+    model = Lambda(UNRELATED[name], **layers).double()
+    data = labeled(*sequences(4, length=8))
+    K = build(EKFACLinearOperator, model, data, backend)
+    check_traces(K, model, ggn_blocks(model, data))
+
+
+@each_backend
+@pytest.mark.parametrize("lengths", [(2, 2, 2, 2), (2, 1, 3, 2)])
+def test_packed_sequences(lengths: tuple[int, ...], backend: str):
+    """Their rows are those of the first position of all examples first."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        packed = pack(x, lengths=x[:, 0, 0].round().long(), batch_first=True, enforce_sorted=False)
+        out, _ = unpack(packed._replace(data=net(m, packed.data)), batch_first=True)
+        return out.sum(1)
+
+    pack, unpack = nn.utils.rnn.pack_padded_sequence, nn.utils.rnn.pad_packed_sequence
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(3, 4), "norm": nn.Identity(), "b": nn.Linear(4, 2)}
+    model = Lambda(forward, **layers).double()
+    (X,) = sequences(4)
+    X[:, 0, 0] = torch.tensor(lengths)
+    data = labeled(X)
+    if len(set(lengths)) > 1:
+        check_refused(EKFACLinearOperator, model, data, backend, LINEARS, APART)
+    else:
+        K = build(EKFACLinearOperator, model, data, backend)
+        check_traces(K, model, ggn_blocks(model, data))
+
+
+@each_backend
+def test_loss_terms_of_chosen_tokens(backend: str):
+    """If they are to be kept apart, examples must have as many: here two on average."""
+    model = Lambda(
+        lambda m, x: torch.tanh(m.a(x)).cumsum(1)[x[..., 0] > 0], a=nn.Linear(3, 2)
+    ).double()
+    for counts, known in (((2, 2, 2, 2), True), ((2, 1, 3, 2), False)):
+        (X,) = numbers_of_tokens(counts)
+        data = [(X, torch.arange(8) % 2)]
+        if known:
+            build(KFACLinearOperator, model, data, backend, loss_terms="exact")
+        else:
+            with pytest.raises(ValueError, match="cannot be told apart"):
+                build(KFACLinearOperator, model, data, backend, loss_terms="exact")
 
 
 @each_backend
