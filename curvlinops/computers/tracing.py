@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,7 @@ def trace_model(
     # Tensors require gradients, so that custom autograd functions show in the prediction's graph.
     tensors = [p.detach().requires_grad_() for p in params.values()]
     tensors += [_cloned(x) for x in flattened(X)]
-    with torch.enable_grad(), one_fake_mode():
+    with torch.enable_grad(), one_fake_mode(), _compiled_functions_traced():
         tracer = make_fx(
             forward, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
         )
@@ -121,6 +122,12 @@ def one_fake_mode() -> Iterator[None]:
     """
     with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
         yield
+
+
+def _compiled_functions_traced() -> AbstractContextManager[Any]:
+    """Return a context in which what ``torch.compile`` returned is traced as it was before."""
+    dynamo = sys.modules.get("torch._dynamo")  # to import it takes long, and nothing is compiled
+    return dynamo.config.patch(error_on_nested_fx_trace=False) if dynamo else nullcontext()
 
 
 def reads_entries(node: Node) -> bool:

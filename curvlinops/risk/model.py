@@ -118,7 +118,8 @@ class FunctionalModel:
         self.traits: ModelTraits | None = None
         self._hints = ModelTraits()
         self._layers: list[nn.Module] = []
-        self._has_scripted_part = self._has_attention_layer = self._has_compiled_part = False
+        self._has_scripted_part = self._has_attention_layer = False
+        self._has_compiled_part = hasattr(model_func, "_torchdynamo_orig_callable")
         self._differentiated = self._warned = False
         if isinstance(model_func, nn.Module):
             self.module = model_func

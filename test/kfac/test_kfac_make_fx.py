@@ -11,6 +11,7 @@ from kfac_cases import BY_NAME, CASES, setup
 from kfac_reference import Setup
 from layer_cases import LAYER_CASES, layer_setup
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -755,6 +756,41 @@ def test_views_that_are_changed() -> None:
 
 
 # ---- compiled ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("part", ["module", "layer", "function"])
+def test_models_that_are_compiled(part: str) -> None:
+    """They are traced as they were before they were compiled, also after they have run."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    X, y = torch.rand(5, 3, dtype=torch.float64), torch.tensor([0, 1, 0, 1, 1])
+    params, loss = dict(model.named_parameters()), nn.CrossEntropyLoss()
+    options: Any = {"fisher_type": "type-2"}
+    kinds = (KFACLinearOperator, EKFACLinearOperator)
+    expected = [kind(model, loss, params, [(X, y)], **options).to_dense() for kind in kinds]
+    compiled: Any
+    if part == "module":
+        compiled = torch.compile(model, backend="eager")
+    elif part == "layer":
+        compiled = nn.Sequential(model[0], model[1], torch.compile(model[2], backend="eager"))
+    else:
+        compiled = torch.compile(lambda p, x: functional_call(model, p, x), backend="eager")
+    if part != "function":
+        params = dict(compiled.named_parameters())
+    for _ in range(2):
+        for kind, matrix in zip(kinds, expected, strict=True):
+            K = kind(compiled, loss, params, [(X, y)], backend="make_fx", **options)
+            torch.testing.assert_close(K.to_dense(), matrix)
+        fn, mapping = make_compute_kfac_batch(compiled, loss, params, X, y, **options)
+        gradients = fn(params, X, y)[1]
+        K = KFACLinearOperator(compiled, loss, params, [(X, y)], backend="make_fx", **options)
+        for group in mapping:
+            (name,) = group.values()
+            torch.testing.assert_close(gradients[name,], K.factors(name)[0])
+        with torch.no_grad():
+            compiled(X) if part != "function" else compiled(params, X)
+    torch.compiler.reset()
+
+
 def check_compiled(
     problem: Setup, options: Any, uniforms: tuple[Tensor | None, ...], backend: str
 ) -> None:
