@@ -36,7 +36,9 @@ class KFACAccumulator(Accumulator[CovarianceStatistic]):
 
     of the factors :math:`F_i` of each batch as if it were all the data: the denominator corrects
     the bias towards the first zeros (Martens & Grosse, 2015). Batches of different size have the
-    same weight.
+    same weight. If their examples have different numbers of positions, or of loss terms that are
+    not ignored, a batch counts in proportion to the number per example: sums over positions and
+    over terms are averaged, and then divided by the average of their numbers.
 
     Arguments up to ``batch_size_fn``, and those not listed below, are those of
     :class:`~curvlinops.KFACLinearOperator`.

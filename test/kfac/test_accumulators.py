@@ -217,6 +217,32 @@ def test_moving_average(approx: str, reduction: str, decay: float) -> None:
             assert torch.allclose(factor, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_moving_average_of_sequences() -> None:
+    """A batch counts as much as its examples have positions, and loss terms that count."""
+    torch.manual_seed(0)
+    decay = 0.7
+    layer = nn.Linear(3, 2, bias=False)
+    model = nn.Sequential(layer, nn.Flatten(0, 1)).double()
+    data = []
+    for n, length, ignored in ((3, 4, 5), (5, 2, 0), (2, 3, 1)):
+        y = torch.randint(2, (n * length,))
+        y[:ignored] = -100
+        data.append((torch.rand(n, length, 3, dtype=torch.float64), y))
+    params, loss = {"0.weight": layer.weight}, nn.CrossEntropyLoss()
+    options: dict[str, Any] = {"fisher_type": "type-2"}
+    sums: list[Any] = [0, 0]
+    counts: list[float] = [0, 0]
+    for X, y in data:
+        factors = KFACLinearOperator(model, loss, params, [(X, y)], **options).factors("0.weight")
+        for i, count in enumerate(((y >= 0).sum().item(), len(y))):
+            counts[i] = decay * counts[i] + count / len(X)
+            sums[i] = decay * sums[i] + count / len(X) * factors[i]
+    accumulator = KFACAccumulator(model, loss, params, decay=decay, **options)
+    actual = filled(accumulator, data).to_operator().factors("0.weight")
+    for factor, total, count in zip(actual, sums, counts, strict=True):
+        torch.testing.assert_close(factor, total / count)
+
+
 def test_moving_average_of_eigenvalues() -> None:
     """So are EKFAC's eigenvalues, in a fixed basis, and the state restores them."""
     problem, decay = setup("cnn", "ce-weight"), 0.6
