@@ -184,8 +184,7 @@ class _Guard(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is torch._C._set_grad_enabled:
-            self._recording = args[0]
-            return func(*args, **kwargs)
+            return self._set_recording(*args, **kwargs)
         name, owner = getattr(func, "__name__", ""), getattr(func, "__self__", None)
         if getattr(owner, "__name__", "") == "data" and name == "__get__":
             return args[0].detach()  # the same, but traced
@@ -198,9 +197,21 @@ class _Guard(TorchFunctionMode):
             raise NotImplementedError(_NOT_TRACED.format(f"calls {_REFUSED.get(name, 'data')}"))
         if torch._C._are_functorch_transforms_active():
             raise NotImplementedError(_NOT_TRACED.format("uses a transform of torch.func"))
-        if self._recording and not torch.is_grad_enabled():
+        if not torch._C._is_fwd_grad_enabled() and self._recording:
             return self._call_unrecorded(func, args, kwargs)
+        if torch._C._is_fwd_grad_enabled() and torch.is_grad_enabled() != self._recording:
+            self._set_recording(torch.is_grad_enabled())  # by inference_mode(False) in no_grad
         return func(*args, **kwargs)
+
+    def _set_recording(self, enabled: bool) -> None:
+        """Enable or disable gradients, and put that into the trace, unless it has no effect."""
+        if not torch._C._is_fwd_grad_enabled():
+            # In inference mode, and in custom autograd functions, nothing is recorded either way.
+            # That they end is not traced, so that the trace would be left as this call leaves it.
+            _set_grad_enabled_untraced(enabled)
+            return
+        self._recording = enabled
+        torch._C._set_grad_enabled(enabled)  # is traced
 
     def _differentiate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Differentiate in the forward pass, if the result is a constant."""
@@ -208,7 +219,7 @@ class _Guard(TorchFunctionMode):
             raise NotImplementedError(_NOT_TRACED.format("calls autograd.grad with create_graph"))
         # What was saved for the backward pass is in the trace as a constant: right for this batch.
         self.reads_entries = True
-        with torch.no_grad():  # is traced
+        with self._unrecorded():
             return torch.autograd.grad(*args, **kwargs)
 
     def _call_unrecorded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -217,13 +228,25 @@ class _Guard(TorchFunctionMode):
             if any(x.requires_grad for x in tensors_in([args, kwargs])):
                 raise _custom_function("")
             return func(*args, **kwargs)
+        with self._unrecorded():
+            return func(*args, **kwargs)
+
+    @contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        """Trace what is called inside as in ``no_grad``."""
+        before = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)  # is traced
         try:
-            return func(*args, **kwargs)
+            yield
         finally:
-            torch._C._set_grad_enabled(True)
-            with torch._C.DisableTorchFunction():  # is not traced
-                torch._C._set_grad_enabled(False)
+            torch._C._set_grad_enabled(self._recording)  # is traced
+            _set_grad_enabled_untraced(before)
+
+
+def _set_grad_enabled_untraced(enabled: bool) -> None:
+    """Enable or disable gradients without an operation in the trace."""
+    with torch._C.DisableTorchFunction():
+        torch._C._set_grad_enabled(enabled)
 
 
 def _custom_function(name: str) -> NotImplementedError:

@@ -15,7 +15,13 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from curvlinops import DiagonalLinearOperator, EKFACLinearOperator, KFACLinearOperator
+from curvlinops import (
+    DiagonalLinearOperator,
+    EKFACLinearOperator,
+    GGNLinearOperator,
+    KFACLinearOperator,
+    KFOCLinearOperator,
+)
 from curvlinops._random import RandomSource
 from curvlinops.computers import kfac_make_fx
 from curvlinops.computers.ekfac_hooks import HooksEKFACComputer
@@ -292,12 +298,125 @@ def same_derivative(m: Any, x: Tensor) -> Tensor:
     return m.b(torch.tanh(m.a(x)) - 2 * (1 - torch.tanh(2 * x) ** 2))
 
 
+class Rounded(torch.autograd.Function):
+    """Rounds without recording gradients, which are disabled already, and with recording them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = torch.round(3 * x)
+        with torch.enable_grad():
+            return y / 3
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+@torch.no_grad()
+def features(m: Any, x: Tensor) -> Tensor:
+    """A part of the model that is not trained."""
+    return m.a(3 * x)
+
+
+def features_in_inference(m: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode():
+        h = features(m, x)
+    return m.b(torch.tanh(m.a(x)) - h.clone())
+
+
+def features_twice(m: Any, x: Tensor) -> Tensor:
+    """Regions in regions, in each order; some end, others are left as they are."""
+    with torch.no_grad(), torch.no_grad():
+        features(m, x)
+        with torch.inference_mode():
+            features(m, x)
+            torch.set_grad_enabled(True)
+        with torch.enable_grad():
+            torch.tanh(m.a(x))
+    with torch.inference_mode():
+        with torch.no_grad(), torch.inference_mode(), torch.no_grad():
+            features(m, x)
+        torch.set_grad_enabled(False)
+        h = 3 * (m.a(x) - m.a.bias) + m.a.bias
+    return m.b(torch.tanh(m.a(x)) - h.clone())
+
+
+def recording_in_inference(m: Any, x: Tensor) -> Tensor:
+    """In inference mode, nothing is recorded after all."""
+    with torch.inference_mode(), torch.enable_grad():
+        h = m.a(3 * x)
+    with torch.inference_mode():
+        torch.set_grad_enabled(True)
+        k = m.a(3 * x)
+    return m.b(torch.tanh(m.a(x)) - (h.clone() + k.clone()) / 2)
+
+
+def recording_in_no_grad(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        with torch.enable_grad():
+            y = torch.tanh(m.a(x))
+        h = m.a(3 * x)
+    return m.b(y - h)
+
+
+def no_inference_in_no_grad(m: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        with torch.inference_mode(False):  # enables gradients
+            y = torch.tanh(m.a(x))
+        h = m.a(3 * x)
+    return m.b(y - h)
+
+
+def raising(m: Any, x: Tensor) -> Tensor:
+    h = torch.empty(0)
+    try:
+        with torch.inference_mode(), torch.no_grad():
+            h = m.a(3 * x)
+            raise ValueError
+    except ValueError:
+        return m.b(torch.tanh(m.a(x)) - h.clone())
+
+
+def called_with_parameters(m: Any, x: Tensor) -> Tensor:
+    with torch.inference_mode(), torch.no_grad():
+        h = functional_call(m.a, dict(m.a.named_parameters()), 3 * x)
+    return m.b(torch.tanh(functional_call(m.a, dict(m.a.named_parameters()), x)) - h.clone())
+
+
+def rounded(m: Any, x: Tensor) -> Tensor:
+    return m.b(torch.tanh(m.a(Rounded.apply(x))))
+
+
+def same_rounded(m: Any, x: Tensor) -> Tensor:
+    return m.b(torch.tanh(m.a(torch.round(3 * x) / 3)))
+
+
+def reads_entries_in_inference(m: Any, x: Tensor) -> Tensor:
+    """A derivative where nothing else would be recorded."""
+    z = x.detach().requires_grad_()
+    h = torch.tanh(2 * z).sum()
+    with torch.inference_mode():
+        torch.set_grad_enabled(False)
+        (h,) = torch.autograd.grad(h, z)
+    return m.b(torch.tanh(m.a(x)) - h.clone())
+
+
 @pytest.mark.parametrize(
     ("function", "same"),
     [
         (inference, same_constants),
         (other_use_without_gradients, same_use),
         (derivative, same_derivative),
+        (features_in_inference, same_constants),
+        (features_twice, same_constants),
+        (recording_in_inference, same_constants),
+        (recording_in_no_grad, same_constants),
+        (no_inference_in_no_grad, same_constants),
+        (raising, same_constants),
+        (called_with_parameters, same_constants),
+        (rounded, same_rounded),
+        (reads_entries_in_inference, same_derivative),
     ],
 )
 def test_constants(function: Any, same: Any) -> None:
@@ -307,6 +426,19 @@ def test_constants(function: Any, same: Any) -> None:
     expected = HooksKFACComputer(**problem_of(Two(same)).kwargs(**options)).compute()
     assert_equal(actual[0], expected[0])
     assert_equal(actual[1], expected[1])
+
+
+@pytest.mark.parametrize("function", [features_in_inference, features_twice, rounded])
+@pytest.mark.parametrize("cls", [KFACLinearOperator, EKFACLinearOperator, KFOCLinearOperator])
+def test_ggn_of_constants(cls: Any, function: Any) -> None:
+    """The blocks of biases are those of the GGN."""
+    problem = problem_of(Two(function))
+    K = cls(**problem.kwargs(), fisher_type="type-2", backend="make_fx")
+    G = GGNLinearOperator(**problem.kwargs()).to_dense()
+    for name, start in (("a.bias", 9), ("b.bias", 18)):
+        end = start + len(problem.params[name])
+        expected = G[start:end, start:end]
+        torch.testing.assert_close(K.block(name).to_dense(), expected)
 
 
 def test_checkpointing() -> None:
@@ -386,6 +518,11 @@ class Doubled(torch.autograd.Function):
         return 2 * gradient
 
 
+def reentrant(m: Any, x: Tensor) -> Tensor:
+    """A function of autograd's, which calls the layer in ``no_grad``."""
+    return m.b(torch.utils.checkpoint.checkpoint(m.a, x, use_reentrant=True))
+
+
 def hooked(m: Any, x: Tensor) -> Tensor:
     h = m.a(x)
     h.register_hook(lambda g: 2 * g)
@@ -397,17 +534,19 @@ def differentiated(m: Any, x: Tensor) -> Tensor:
     return m.b(torch.autograd.grad(torch.tanh(m.a(z)).sum(), z, create_graph=True)[0])
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True:UserWarning")
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
         (lambda m, x: m.b(Sign.apply(m.a(x))), "custom autograd function"),
         (lambda m, x: m.b(Doubled.apply(m.a(x))), "custom autograd function"),
         (lambda m, x: m.b(m.a(x) + Constant.apply(m.a(2 * x))), "custom autograd function"),
+        (reentrant, "custom autograd function"),
         (hooked, "register_hook"),
         (differentiated, "create_graph"),
         (lambda m, x: torch.func.vmap(lambda row: m.b(m.a(row)))(x), "torch.func"),
     ],
-    ids=["sign", "doubled", "constant", "hooked", "differentiated", "vmap"],
+    ids=["sign", "doubled", "constant", "checkpointed", "hooked", "differentiated", "vmap"],
 )
 def test_not_traced(function: Callable[[Any, Tensor], Tensor], reason: str) -> None:
     """Derivatives that are not those of the operations are refused."""
