@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from curvlinops.computers.hooks import HooksCollector
@@ -55,25 +53,6 @@ class HooksLooking(Looking):
     ) -> AbstractContextManager[Any]:
         """Return a context in which a collector may be told of more than it sees."""
         return nullcontext()
-
-    @cached_property
-    def _scripted(self) -> dict[str, str]:
-        """Return the parameters of scripted modules, whose functions cannot be seen."""
-        assert self.risk.model is not None
-        owners = {
-            id(p): type(layer).__name__
-            for layer in self.risk.model.modules()
-            if isinstance(layer, torch.jit.ScriptModule)
-            for p in layer.parameters()
-        }
-        if not owners:
-            return {}
-        tensors = dict(self.risk.model.named_parameters(remove_duplicate=False))
-        return {
-            name: f"used by {owners[id(tensors[name])]}"
-            for name in self.risk.params
-            if id(tensors[name]) in owners
-        }
 
 
 __all__ = ["HooksLooking"]

@@ -13,7 +13,7 @@ from curvlinops.computers._base import Key, KFACComputer, Statistic
 from curvlinops.computers.containers import signature
 from curvlinops.computers.flat_function import flat_function
 from curvlinops.computers.make_fx import MakeFxCollector
-from curvlinops.computers.tracing import Trace, refuse_fixed, trace_model
+from curvlinops.computers.tracing import HIDDEN, Trace, refuse_fixed, trace_model
 from curvlinops.computers.usages import Usage
 from curvlinops.kfac_utils import FisherType, KFACType, ParamGroup
 from curvlinops.risk import Batch
@@ -61,7 +61,9 @@ class MakeFxKFACComputer(KFACComputer):
     ) -> tuple[Tensor, Iterable[Usage], dict[str, str]]:
         """Evaluate the model; see the base class."""
         collector = MakeFxCollector(self._arrangements, on_call)
-        prediction = collector.forward(self._trace(X), self.risk.params, X, n)
+        trace = self._trace(X)
+        prediction = collector.forward(trace, self.risk.params, X, n)
+        self._note_hidden(trace, collector)
         return prediction.detach(), collector.calls, collector.other_uses
 
     def _trace(self, X: Any) -> Trace:
@@ -83,7 +85,19 @@ class MakeFxKFACComputer(KFACComputer):
             self._arrangements, on_input=statistic.on_input, on_gradient=statistic.on_gradient
         )
         trace = self._trace(batch.X)
-        return collector.forward(trace, self._tensors, batch.X, batch.n), collector
+        prediction = collector.forward(trace, self._tensors, batch.X, batch.n)
+        self._note_hidden(trace, collector)
+        return prediction, collector
+
+    def _note_hidden(self, trace: Trace, collector: MakeFxCollector) -> None:
+        """Tell a collector of scripted modules' parameters that it did not see."""
+        parts = [part for usage in collector.calls for part in (usage.weight, usage.bias)]
+        seen = {part.name for part in parts if part is not None} | collector.other_uses.keys()
+        hidden = {name: why for name, why in self._scripted.items() if name not in seen}
+        # The gradients of the layers before are missing, too: diagonal blocks would not do.
+        if trace.has_hidden_derivatives and (not hidden or self.unsupported == "diagonal"):
+            raise NotImplementedError(HIDDEN)
+        collector.other_uses |= hidden
 
     @property
     def _tensors(self) -> dict[str, Tensor]:

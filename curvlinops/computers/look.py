@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -69,6 +70,26 @@ class Looking:
             of parameters, and by which function.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement _observe.")
+
+    @cached_property
+    def _scripted(self) -> dict[str, str]:
+        """Return the parameters of scripted modules, whose functions cannot be seen."""
+        if self.risk.model is None:
+            return {}
+        owners = {
+            id(p): type(layer).__name__
+            for layer in self.risk.model.modules()
+            if isinstance(layer, torch.jit.ScriptModule)
+            for p in layer.parameters()
+        }
+        if not owners:
+            return {}
+        tensors = dict(self.risk.model.named_parameters(remove_duplicate=False))
+        return {
+            name: f"used by {owners[id(tensors[name])]}"
+            for name in self.risk.params
+            if id(tensors[name]) in owners
+        }
 
     def _look_anew(self, batch: Batch) -> None:
         """Find out how the model uses its parameters from the first batch of each structure."""

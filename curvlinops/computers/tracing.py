@@ -32,10 +32,13 @@ class Trace:
         graph: Operations of a function of the parameters, in order, and the tensors of X.
         reusable: Whether it is that of all batches with the same :func:`signature`: not if a
             Python number, a shape or a constant depends on the entries of a tensor.
+        has_hidden_derivatives: Whether derivatives of the prediction are missing: ``torch.jit``
+            computes some itself, and then its operations are traced with detached tensors.
     """
 
     graph: GraphModule
     reusable: bool
+    has_hidden_derivatives: bool = False
 
 
 def trace_model(
@@ -67,12 +70,16 @@ def trace_model(
     """
     guard = _Guard()
     names = list(params)
+    hidden = False
 
     def forward(*tensors: Tensor) -> Tensor:
+        nonlocal hidden
         given = dict(zip(names, tensors[: len(names)], strict=True))
         with guard:
             prediction = predict(given, refilled(X, tensors[len(names) :]))
-        _refuse_custom_functions(prediction)
+        derivatives = _derivatives(prediction)
+        _refuse_custom_functions(derivatives)
+        hidden = any("DifferentiableGraph" in node.name() for node in derivatives)
         return prediction
 
     # Tensors require gradients, so that custom autograd functions show in the prediction's graph.
@@ -84,7 +91,7 @@ def trace_model(
         )
         graph = tracer(*tensors)
     reusable = not guard.reads_entries and not any(map(reads_entries, graph.graph.nodes))
-    return Trace(graph, reusable)
+    return Trace(graph, reusable, hidden)
 
 
 def refuse_fixed(trace: Trace, params: dict[str, Tensor]) -> None:
@@ -157,6 +164,11 @@ def _has_mask(node: Node) -> bool:
 READS_ENTRIES = (
     "The model's numbers, shapes or constants depend on the entries of tensors, so there is no "
     "graph of operations for all batches of this shape. Use an operator with backend='hooks'."
+)
+#: The error for a trace that lacks derivatives.
+HIDDEN = (
+    "The backend 'make_fx' sees a model's operations only, but torch.jit computes derivatives of "
+    "scripted parts of the model itself. Use backend='hooks'."
 )
 _NOT_TRACED = (
     "The backend 'make_fx' sees a model's operations only, but the model {}. Use backend='hooks'."
@@ -255,21 +267,29 @@ def _custom_function(name: str) -> NotImplementedError:
     return NotImplementedError(_NOT_TRACED.format(described))
 
 
-def _refuse_custom_functions(prediction: Tensor) -> None:
-    """Raise if there is a custom autograd function in the graph of a prediction."""
-    seen, todo = set(), [prediction.grad_fn]
+def _derivatives(prediction: Tensor) -> list[Any]:
+    """Return the functions in autograd's graph of a prediction, from its end."""
+    seen: dict[Any, None] = {}
+    todo = [prediction.grad_fn]
     while todo:
         node = todo.pop()
         if node is None or node in seen:
             continue
-        seen.add(node)
+        seen[node] = None
+        todo.extend(following for following, _ in node.next_functions)
+    return list(seen)
+
+
+def _refuse_custom_functions(derivatives: list[Any]) -> None:
+    """Raise if there is a custom autograd function in the graph of a prediction."""
+    for node in derivatives:
         function = getattr(type(node), "_forward_cls", None)
         if function is not None:
             raise _custom_function(function.__name__)
-        todo.extend(following for following, _ in node.next_functions)
 
 
 __all__ = [
+    "HIDDEN",
     "READS_ENTRIES",
     "Trace",
     "one_fake_mode",

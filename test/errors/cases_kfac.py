@@ -302,6 +302,22 @@ cases(
 )
 
 
+def of_jit() -> None:
+    """Trace a function that ``torch.jit`` differentiates itself, after some calls."""
+    function = torch.jit.script(activation)
+    for _ in range(3):
+        function(torch.rand(4, 2, requires_grad=True)).sum().backward()
+    traced(lambda m, x: m.b(function(m.a(x))))
+
+
+def activation(x: Tensor) -> Tensor:
+    """Two functions, which are differentiated together."""
+    return torch.tanh(x) * torch.sin(x)
+
+
+cases(NotImplementedError, "torch.jit computes derivatives", HOOKS, of_jit)
+
+
 def one_batch(function: Callable[[Any, Tensor], Any], **options: Any) -> None:
     """Make a function of one batch for a model."""
     model = Uses(function)

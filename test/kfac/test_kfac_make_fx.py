@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -553,6 +554,71 @@ def test_not_traced(function: Callable[[Any, Tensor], Tensor], reason: str) -> N
     arguments = problem_of(Two(function)).kwargs()
     with pytest.raises(NotImplementedError, match=reason):
         MakeFxKFACComputer(**arguments).compute()
+
+
+def scripted(part: Any) -> Any:
+    """Return a part that ``torch.jit`` has compiled, and differentiated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        compiled = torch.jit.script(part.double() if isinstance(part, nn.Module) else part)
+    for _ in range(3):
+        compiled(torch.rand(3, 3, dtype=torch.float64, requires_grad=True)).sum().backward()
+    return compiled
+
+
+def test_scripted_modules() -> None:
+    """Both backends name the parameters; diagonal blocks would not mend those of other layers."""
+    model = Two(lambda m, x: m.b(m.c(torch.tanh(m.a(x)))))
+    model.c = scripted(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
+    arguments = problem_of(model).kwargs(fisher_type="type-2")
+    match = r"layers: 'c.0.weight' \(used by Recursive\w+\), 'c.0.bias' \(used by \w+\). Supported"
+    for cls in (HooksKFACComputer, MakeFxKFACComputer):
+        with pytest.raises(NotImplementedError, match=match):
+            cls(**arguments).compute()
+    with pytest.raises(NotImplementedError, match=r"torch\.jit computes derivatives"):
+        MakeFxKFACComputer(**arguments, unsupported="diagonal").compute()
+
+
+@pytest.mark.parametrize("kind", ["function", "module"])
+def test_scripted_parts_without_parameters(kind: str) -> None:
+    """The gradients of the layers before them were zero."""
+
+    def activation(x: Tensor) -> Tensor:
+        return torch.tanh(x) * torch.sin(x)
+
+    part = scripted(activation if kind == "function" else nn.Sequential(nn.Tanh(), nn.Sigmoid()))
+    problem = problem_of(Two(lambda m, x: m.b(part(m.a(x)))))
+    with pytest.raises(NotImplementedError, match=r"torch\.jit computes derivatives"):
+        MakeFxKFACComputer(**problem.kwargs()).compute()
+
+
+def test_scripted_constants() -> None:
+    """Nothing is missing where scripted parts are constants: their derivatives are not wanted."""
+    part = scripted(nn.Sequential(nn.Linear(3, 3), nn.Tanh()))
+    model = Two(lambda m, x: m.b(torch.tanh(m.a(part(x)))))
+    compare(problem_of(model), fisher_type="type-2")
+    model.part = part
+    problem = problem_of(model)
+    problem.params = {name: p for name, p in problem.params.items() if "part" not in name}
+    compare(problem, fisher_type="type-2")
+
+
+def test_jit_traced_modules() -> None:
+    """Operations of what ``torch.jit.trace`` returns are seen."""
+
+    def layers(m: Any, x: Tensor) -> Tensor:
+        return m.b(m.c(torch.tanh(m.a(x))))
+
+    plain, traced = Two(layers), Two(layers)
+    plain.c = nn.Sequential(nn.Linear(3, 3), nn.Tanh()).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced.c = torch.jit.trace(plain.c, torch.rand(3, 3).double())
+    options = {"fisher_type": "type-2"}
+    actual = MakeFxKFACComputer(**problem_of(traced).kwargs(**options)).compute()
+    expected = HooksKFACComputer(**problem_of(plain).kwargs(**options)).compute()
+    assert_equal(actual[0], expected[0])
+    assert_equal(actual[1], expected[1])
 
 
 def test_conflicting_biases() -> None:
