@@ -120,6 +120,10 @@ class Arrangements:
 
     def of(self, usage: Any, index: int, x: Tensor, n: int) -> Arrangement:
         """Return where n examples are in the input of a call, and in its output."""
+        if x.is_nested:
+            raise NotImplementedError(
+                f"{usage.label} gets a nested tensor, and these are not supported: pad it."
+            )
         if n == 1 or self._ignored:
             return BATCH_FIRST
         call = (self._structure, usage, index)

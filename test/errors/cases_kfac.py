@@ -52,6 +52,12 @@ class Uses(nn.Module):
         return self.function(self, x)
 
 
+def of_nested(m: Any, x: Tensor) -> Tensor:
+    """Call a layer with one row for each example, as sequences of different lengths are."""
+    rows = torch.nested.nested_tensor_from_jagged(x, torch.arange(len(x) + 1))
+    return m.b(torch.nested.to_padded_tensor(m.a(rows), 0.0).sum(1))
+
+
 def build(model: nn.Module | None = None, cls: Any = KFACLinearOperator, **changes: Any) -> Any:
     """Build KFAC of a small model, with changes of the arguments."""
     model = nn.Linear(2, 2) if model is None else model
@@ -219,6 +225,12 @@ cases(
     r"'a.weight' and 'a.bias' is inside of torch.utils.checkpoint",
     "disable activation checkpointing",
     lambda: build(Uses(lambda m, x: m.b(checkpoint(m.a, x, use_reentrant=False)))),
+)
+cases(
+    NotImplementedError,
+    "layer of 'a.weight' and 'a.bias' gets a nested tensor",
+    "pad it",
+    lambda: build(Uses(of_nested)),
 )
 cases(
     NotImplementedError,
