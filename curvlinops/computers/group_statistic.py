@@ -272,7 +272,8 @@ def _tied_gradients(
     for event in events:
         g = widened(event.gradient[v, examples])  # [n, S, o]
         if isinstance(event.positions, Tokens):
-            g = g * event.positions.weights[examples].unsqueeze(-1)
+            # weights have the model's dtype, which may be wider than that of the gradients
+            g = g * event.positions.weights[examples].unsqueeze(-1).to(g.dtype)
             index = event.positions.indices[examples].unsqueeze(-1).expand_as(g)
             # a joint bias is the Linear's alone
             matrices[..., : g.shape[-1]].scatter_add_(1, index, g)

@@ -83,6 +83,22 @@ def test_storage_and_factors(cls: Any) -> None:
     assert torch.allclose(inverse @ (stored @ v + 1e-3 * v), v, atol=1e-2)
 
 
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+@pytest.mark.parametrize("cls", CLASSES)
+def test_narrow_factors_of_tied_weights(cls: Any, backend: str) -> None:
+    """float32 factors of a float64 model, whose output layer has the weight of an embedding."""
+    torch.manual_seed(0)
+    embedding, output = nn.Embedding(7, 4, padding_idx=1), nn.Linear(4, 7, bias=False)
+    output.weight = embedding.weight
+    model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(12, 4), nn.Tanh(), output).double()
+    data = [(torch.randint(7, (5, 3)), torch.randint(7, (5,)))]
+    args = model, nn.CrossEntropyLoss(), dict(model.named_parameters()), data
+    options: dict[str, Any] = {"fisher_type": "type-2", "backend": backend}
+    narrow = cls(*args, **options, precision=Precision(factors=torch.float32))
+    assert narrow.dtype == torch.float64
+    assert 0 < error(narrow, cls(*args, **options)) < 1e-5
+
+
 def test_sums_in_float32() -> None:
     """In bfloat16, many small terms are not lost: sums are in float32."""
     model = nn.Linear(2, 1, bias=False).to(torch.bfloat16)
