@@ -62,7 +62,9 @@ class LayerType:
 # --------------------------------------------------------------------------------------------------
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call | None:
     """Read ``functional.linear``."""
-    return Call(input, weight, bias, Format()) if weight.ndim == 2 else None
+    if weight.ndim != 2 or (bias is not None and bias.numel() != len(weight)):
+        return None  # a bias can be one number for all outputs, or one for each example
+    return Call(input, weight, bias, Format())
 
 
 def _matmul(input: Tensor, other: Tensor) -> Call | None:
@@ -81,7 +83,7 @@ def _addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Call | None:
     """Read ``torch.addmm``, with which the Conv1D of transformers computes."""
-    if alpha != 1 or beta != 1 or input.ndim != 1:
+    if alpha != 1 or beta != 1 or input.shape != mat2.shape[1:]:
         return None
     return Call(mat1, mat2.T, input, Format())
 

@@ -391,6 +391,24 @@ def test_wide_ties(limit: int, joint: bool):
     assert K.trace() > 0
 
 
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+@pytest.mark.parametrize("shape", [(1,), (6, 4)])
+def test_biases_that_are_broadcast(shape: tuple[int, ...], backend: str):
+    """They are no biases of outputs: joint blocks were too small, and their curvature wrong."""
+
+    def linear(m: Any, x: Tensor) -> Tensor:
+        return F.linear(x, m.w, m.b)
+
+    def addmm(m: Any, x: Tensor) -> Tensor:
+        return torch.addmm(m.b, x, m.w.T)
+
+    data = [(torch.rand(6, 3, dtype=F64), torch.rand(6, 4, dtype=F64))]
+    for function in (linear, addmm):
+        model = Uses(function, w=torch.rand(4, 3), b=torch.rand(shape))
+        with pytest.raises(NotImplementedError, match=rf"'b' \(used by {function.__name__}\)"):
+            build(model, data, backend=backend, separate_weight_and_bias=False)
+
+
 # ---- layers that users add -----------------------------------------------------------------------
 @pytest.fixture
 def _restored_layers() -> Iterator[None]:
