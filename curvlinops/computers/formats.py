@@ -50,6 +50,14 @@ class Format:
         """Return d_out of all groups together, and d_in of one, of a weight of a shape."""
         return shape[0], prod(shape[1:])
 
+    def output_width(self, shape: Sequence[int]) -> int:
+        """Return d_out of all groups together, of an output of a shape."""
+        return prod(shape[-1:])
+
+    def input_width(self, shape: Sequence[int]) -> int:
+        """Return d_in of all groups together, of an input of a shape."""
+        return self.output_width(shape)
+
     def positions(self, x: Tensor, n: int, where: str) -> Positions:
         """Return the inputs of n examples in weight-sharing format; ``where`` is for messages."""
         inputs = split_examples(x, n, where)
@@ -67,6 +75,11 @@ def _channels_last(tensor: Tensor, spatial: int) -> Tensor:
     return tensor.flatten(2).mT
 
 
+def _num_channels(shape: Sequence[int], spatial: int) -> int:
+    """Return C of a shape ``[..., C, *spatial]``."""
+    return prod(shape[-spatial - 1 : -spatial])
+
+
 @dataclass(frozen=True)
 class ConvolutionFormat(Format):
     """The format of convolutions: the patch of every output pixel is a position."""
@@ -80,6 +93,14 @@ class ConvolutionFormat(Format):
     def name(self) -> str:  # type: ignore[override]
         """Its name in messages."""
         return f"Conv{len(self.kernel_size)}d"
+
+    def output_width(self, shape: Sequence[int]) -> int:
+        """Return the number of channels."""
+        return _num_channels(shape, len(self.kernel_size))
+
+    def input_width(self, shape: Sequence[int]) -> int:
+        """Return the number of entries of a patch."""
+        return self.output_width(shape) * prod(self.kernel_size)
 
     def positions(self, x: Tensor, n: int, where: str) -> Positions:
         """Return the patches of n examples."""
@@ -169,6 +190,14 @@ class TransposedConvolutionFormat(Format):
         """Return C_out, and the width of a group's patch."""
         return self.groups * shape[1], shape[0] // self.groups * prod(shape[2:])
 
+    def output_width(self, shape: Sequence[int]) -> int:
+        """Return the number of channels."""
+        return _num_channels(shape, len(self.kernel_size))
+
+    def input_width(self, shape: Sequence[int]) -> int:
+        """Return the number of entries of a patch."""
+        return self.output_width(shape) * prod(self.kernel_size)
+
     def positions(self, x: Tensor, n: int, where: str) -> Positions:
         """Return what every output pixel of n examples sees."""
         if x.ndim == len(self.kernel_size) + 1:
@@ -221,6 +250,10 @@ class EmbeddingFormat(Format):
         """Return d and V."""
         return shape[1], shape[0]
 
+    def input_width(self, shape: Sequence[int]) -> int:
+        """Return V: inputs are places of ones."""
+        return self.size
+
     def positions(self, x: Tensor, n: int, where: str) -> Positions:
         """Return the tokens of n examples; padding counts, but its input is zero."""
         indices = split_examples(x.unsqueeze(-1), n, where).squeeze(-1).long()
@@ -253,6 +286,10 @@ class NormFormat(Format):
     def widths(self, shape: Sequence[int]) -> tuple[int, int]:
         """Return the number of weights."""
         return prod(shape), 0
+
+    def output_width(self, shape: Sequence[int]) -> int:
+        """Return the number of entries that are normalised together."""
+        return prod(shape[-len(self.shape) :])
 
     def positions(self, x: Tensor, n: int, where: str) -> Positions:
         """Return normalised inputs ``[n, S, d]``."""
@@ -298,6 +335,10 @@ class ChannelNormFormat(Format):
     def widths(self, shape: Sequence[int]) -> tuple[int, int]:
         """Return the number of weights."""
         return prod(shape), 0
+
+    def output_width(self, shape: Sequence[int]) -> int:
+        """Return the number of channels."""
+        return prod(shape[1:2])
 
     def positions(self, x: Tensor, n: int, where: str) -> Positions:
         """Return normalised inputs ``[n, S, C]``."""

@@ -18,7 +18,7 @@ from curvlinops.computers.callers import called_by
 from curvlinops.computers.layers import read_function
 from curvlinops.computers.positions import Positions
 from curvlinops.computers.selection import SELECTING
-from curvlinops.computers.usages import Parameters, Usage, tensors_in
+from curvlinops.computers.usages import Parameters, Usage, check_widths, tensors_in
 
 
 class HooksCollector:
@@ -218,6 +218,8 @@ class _Watch(TorchFunctionMode):
             return output
         if usage is not None and (usage.weight or usage.bias):
             assert call is not None
+            with _unseen():
+                check_widths(usage, call, output)
             return self._collector.on_call(usage, call.x, output)
         if self._depends(func, args, output):
             for name in involved:

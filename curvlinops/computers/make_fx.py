@@ -15,7 +15,7 @@ from curvlinops.computers.layers import read_operation
 from curvlinops.computers.positions import Positions
 from curvlinops.computers.selection import SELECTING
 from curvlinops.computers.tracing import Trace
-from curvlinops.computers.usages import Parameters, Usage, tensors_in
+from curvlinops.computers.usages import Parameters, Usage, check_widths, tensors_in
 
 
 class MakeFxCollector:
@@ -185,6 +185,7 @@ class _Runner(Interpreter):
         if not involved or name == "detach" or not torch.is_grad_enabled():
             self._note_constants(output)
         elif call is not None and usage is not None and (usage.weight or usage.bias):
+            check_widths(usage, call, output)
             output = self._collector.on_call(usage, call.x, output)
         elif self._depends(name, args, output):
             for parameter in involved:

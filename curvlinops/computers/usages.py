@@ -82,6 +82,48 @@ class Usage:
         return f"The layer of {' and '.join(map(repr, names))}"
 
 
+def check_widths(usage: Usage, call: Call, output: Tensor) -> None:
+    """Raise if a call's input, parameters and output do not fit together.
+
+    PyTorch refuses such calls, but what reads a function's arguments may have read others. Factors
+    would be cut, or filled up with zeros.
+
+    Args:
+        usage: How the call uses parameters.
+        call: The call.
+        output: What it returned.
+
+    Raises:
+        ValueError: If one has another width than the weight's shape, or the output, says.
+    """
+    form = call.format
+    num_outputs = form.output_width(output.shape)
+    if usage.weight is not None:
+        assert call.weight is not None
+        d_out, d_in = form.widths(call.weight.shape)
+        d_in = d_out if form.is_norm else d_in * form.groups
+        num_inputs = form.input_width(call.x.shape)
+        if (num_inputs, num_outputs) != (d_in, d_out) or d_out % form.groups:
+            groups = f" and {form.groups} groups" if form.groups > 1 else ""
+            raise ValueError(
+                f"{usage.label} was read as {form.name} with a weight of shape "
+                f"{list(call.weight.shape)}{groups}, for inputs of width {d_in} and outputs of "
+                f"width {d_out}. Its input of shape {list(call.x.shape)} has width {num_inputs}, "
+                f"its output of shape {list(output.shape)} has width {num_outputs}. {_CHECK}"
+            )
+    if usage.bias is not None:
+        assert call.bias is not None
+        if call.bias.numel() != num_outputs:
+            raise ValueError(
+                f"{usage.label} was read as {form.name} with a bias of shape "
+                f"{list(call.bias.shape)}, which must have an entry for each of the {num_outputs} "
+                f"of its output of shape {list(output.shape)}. {_CHECK}"
+            )
+
+
+_CHECK = "Check what reads its arguments: the entry that was added with register_layer."
+
+
 class Parameters:
     """Tensors that stand for a model's parameters, and views of them, are recognised.
 
@@ -230,4 +272,4 @@ def tensors_in(items: Iterable[Any]) -> list[Tensor]:
     return found
 
 
-__all__ = ["Parameters", "Part", "Usage", "tensors_in"]
+__all__ = ["Parameters", "Part", "Usage", "check_widths", "tensors_in"]

@@ -20,11 +20,14 @@ from curvlinops import (
     KFOCLinearOperator,
     register_layer,
 )
+from curvlinops.computers import layers
 from curvlinops.computers._base import KFACComputer
 from curvlinops.computers.accumulation import Accumulator
 from curvlinops.computers.encoding import decode, encode
+from curvlinops.computers.formats import Format
 from curvlinops.computers.group_statistic import GroupStatistic
 from curvlinops.computers.kfac_make_fx import make_compute_kfac_batch
+from curvlinops.computers.layers import Call
 from curvlinops.computers.look import Looking
 from curvlinops.computers.recorder import Recorder
 from curvlinops.computers.report import _check_factor, check_eigenvalues
@@ -63,6 +66,14 @@ def build(model: nn.Module | None = None, cls: Any = KFACLinearOperator, **chang
     model = nn.Linear(2, 2) if model is None else model
     arguments = {"loss_func": MSE, "params": dict(model.named_parameters()), **changes}
     return cls(**{"model_func": model, "data": [(X, Y)], **arguments})
+
+
+def inner(parser: Any) -> None:
+    """Build KFAC of a model with a layer whose arguments a function reads."""
+    with patch.object(layers, "LAYERS", list(layers.LAYERS)):
+        register_layer(layers.LayerType("Mine", {torch.inner: parser}, {}))
+        own = nn.Parameter(torch.rand(2, 3))
+        build(Uses(lambda m, x: torch.inner(m.a(x)[:, [0, 1, 1]], m.own), own=own))
 
 
 # ---- options -------------------------------------------------------------------------------------
@@ -147,6 +158,18 @@ cases(
     lambda: build(num_per_example_loss_terms=2),
 )
 cases(TypeError, "got type", "takes a LayerType", lambda: register_layer(nn.Linear))  # type: ignore[arg-type]
+cases(
+    ValueError,
+    r"'own' was read as Linear with a weight of shape \[3, 2\]",
+    "Check what reads its arguments",
+    lambda: inner(lambda x, weight: Call(x, weight.T, None, Format())),
+)
+cases(
+    ValueError,
+    r"'own' was read as Linear with a bias of shape \[2, 3\]",
+    "must have an entry for each of the 2",
+    lambda: inner(lambda x, weight: Call(x, None, weight, Format())),
+)
 cases(
     NotImplementedError,
     r"dilation \* \(kernel_size - 1\) = 1",

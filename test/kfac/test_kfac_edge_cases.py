@@ -20,7 +20,7 @@ from curvlinops import (
     LayerType,
     register_layer,
 )
-from curvlinops.computers.formats import Format
+from curvlinops.computers.formats import Format, NormFormat
 from curvlinops.computers.layers import LAYERS, Call
 
 F64 = torch.float64
@@ -498,6 +498,51 @@ def test_registered_layers_replace_earlier_ones():
     assert set(calls) == {3}
     LAYERS.pop(0)
     torch.testing.assert_close(build(model, data).to_dense(), before.to_dense())
+
+
+MISFITS: dict[str, tuple[Callable[[Tensor, Tensor], Call], str]] = {
+    "narrow input": (
+        lambda x, w: Call(x[..., :2], w, None, Format()),
+        r"Its input of shape \[\d, 2\] has width 2",
+    ),
+    "wide input": (
+        lambda x, w: Call(torch.cat([x, x], -1), w, None, Format()),
+        r"for inputs of width 3 .* has width 6",
+    ),
+    "transposed weight": (
+        lambda x, w: Call(x, w.T, None, Format()),
+        r"a weight of shape \[3, 4\], for inputs of width 4 and outputs of width 3",
+    ),
+    "groups of inputs": (
+        lambda x, w: Call(x, w, None, Format(2)),
+        r"\[4, 3\] and 2 groups, for inputs of width 6",
+    ),
+    "groups of outputs": (
+        lambda x, w: Call(torch.cat([x, x, x], -1), w, None, Format(3)),
+        r"\[4, 3\] and 3 groups, for inputs of width 9 and outputs of width 4",
+    ),
+    "normalisation": (
+        lambda x, w: Call(x, w, None, NormFormat(shape=(3,))),
+        r"LayerNorm with a weight of shape \[4, 3\]",
+    ),
+    "bias": (
+        lambda x, w: Call(x, None, w, Format()),
+        r"a bias of shape \[4, 3\], .* each of the 4 of its output of shape \[\d, 4\]",
+    ),
+}
+
+
+@pytest.mark.usefixtures("_restored_layers")
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+@pytest.mark.parametrize("name", MISFITS)
+def test_registered_layers_that_do_not_fit(name: str, backend: str):
+    """Factors were cut, or filled up with zeros."""
+    parser, message = MISFITS[name]
+    register_layer(LayerType("Mine", {torch.inner: parser}, {torch.ops.aten.inner.default: parser}))
+    model = Uses(lambda m, x: torch.inner(x, m.w), w=torch.rand(4, 3))
+    data = [(torch.rand(6, 3, dtype=F64), torch.rand(6, 4, dtype=F64))]
+    with pytest.raises(ValueError, match="The layer of 'w' was read as .*" + message):
+        build(model, data, backend=backend)
 
 
 @pytest.mark.parametrize("layer", [F.linear, LayerType, ("Mine", {}, {}), None])
