@@ -38,7 +38,8 @@ class KFACAccumulator(Accumulator[CovarianceStatistic]):
     the bias towards the first zeros (Martens & Grosse, 2015). Batches of different size have the
     same weight. If their examples have different numbers of positions, or of loss terms that are
     not ignored, a batch counts in proportion to the number per example: sums over positions and
-    over terms are averaged, and then divided by the average of their numbers.
+    over terms are averaged, and then divided by the average of their numbers. With class weights
+    and ``reduction="mean"``, the number of terms is the sum of their weights.
 
     Arguments up to ``batch_size_fn``, and those not listed below, are those of
     :class:`~curvlinops.KFACLinearOperator`.

@@ -217,8 +217,9 @@ def test_moving_average(approx: str, reduction: str, decay: float) -> None:
             assert torch.allclose(factor, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_moving_average_of_sequences() -> None:
-    """A batch counts as much as its examples have positions, and loss terms that count."""
+@pytest.mark.parametrize("weights", [None, [1.0, 10.0]], ids=["plain", "weighted"])
+def test_moving_average_of_sequences(weights: list[float] | None) -> None:
+    """A batch counts as much as its examples have positions, and weights of loss terms."""
     torch.manual_seed(0)
     decay = 0.7
     layer = nn.Linear(3, 2, bias=False)
@@ -228,13 +229,15 @@ def test_moving_average_of_sequences() -> None:
         y = torch.randint(2, (n * length,))
         y[:ignored] = -100
         data.append((torch.rand(n, length, 3, dtype=torch.float64), y))
-    params, loss = {"0.weight": layer.weight}, nn.CrossEntropyLoss()
+    of_classes = torch.tensor(weights or [1.0, 1.0], dtype=torch.float64)
+    loss = nn.CrossEntropyLoss(weight=None if weights is None else of_classes)
+    params = {"0.weight": layer.weight}
     options: dict[str, Any] = {"fisher_type": "type-2"}
     sums: list[Any] = [0, 0]
     counts: list[float] = [0, 0]
     for X, y in data:
         factors = KFACLinearOperator(model, loss, params, [(X, y)], **options).factors("0.weight")
-        for i, count in enumerate(((y >= 0).sum().item(), len(y))):
+        for i, count in enumerate((of_classes[y[y >= 0]].sum().item(), len(y))):
             counts[i] = decay * counts[i] + count / len(X)
             sums[i] = decay * sums[i] + count / len(X) * factors[i]
     accumulator = KFACAccumulator(model, loss, params, decay=decay, **options)
