@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Call |
 
 def _matmul(input: Tensor, other: Tensor) -> Call | None:
     """Read a product whose right factor is a weight, stored as ``[d_in, d_out]``."""
-    if not isinstance(input, Tensor) or other.ndim != 2 or input.ndim == 0:
+    if not all(isinstance(x, Tensor) for x in (input, other)) or other.ndim != 2 or input.ndim == 0:
         return None
     return Call(input, other.T, None, Format())
 
@@ -284,7 +285,7 @@ def read_function(func: Any, args: Any, kwargs: Any) -> Call | None:
     """Return a function's call as that of a layer, if it is one."""
     for layer in LAYERS:
         if func in layer.functions:
-            return _read(layer.functions[func], args, kwargs)
+            return _read(layer.name, layer.functions[func], args, kwargs)
     return None
 
 
@@ -292,16 +293,36 @@ def read_operation(operation: Any, args: Any, kwargs: Any) -> Call | None:
     """Return a traced operation as the call of a layer, if it is one."""
     for layer in LAYERS:
         if operation in layer.operations:
-            return _read(layer.operations[operation], args, kwargs)
+            return _read(layer.name, layer.operations[operation], args, kwargs)
     return None
 
 
-def _read(parser: Parser, args: Any, kwargs: Any) -> Call | None:
+def _read(name: str, parser: Parser, args: Any, kwargs: Any) -> Call | None:
     """Read arguments; those that the entry does not know are not those of a layer."""
     try:
         return parser(*args, **kwargs)
-    except TypeError:
-        return None
+    except Exception as error:
+        if isinstance(error, TypeError) and not _takes(parser, args, kwargs):
+            return None
+        raise RuntimeError(
+            f"What reads the arguments of the layer {name!r}, {_name(parser)}, failed with "
+            f"{type(error).__name__} ({error}). Correct it, or let it return None for a call that "
+            "is not that of a layer."
+        ) from error
+
+
+def _takes(parser: Parser, args: Any, kwargs: Any) -> bool:
+    """Return whether a function can be called with arguments."""
+    try:
+        signature(parser).bind(*args, **kwargs)
+    except (TypeError, ValueError):  # or it has no signature
+        return False
+    return True
+
+
+def _name(parser: Parser) -> str:
+    """Return what messages call a function."""
+    return getattr(parser, "__qualname__", repr(parser))
 
 
 def register_layer(layer: LayerType) -> None:

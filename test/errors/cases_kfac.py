@@ -159,6 +159,12 @@ cases(
 )
 cases(TypeError, "got type", "takes a LayerType", lambda: register_layer(nn.Linear))  # type: ignore[arg-type]
 cases(
+    RuntimeError,
+    r"'Mine', .*<lambda>, failed with TypeError",
+    "Correct it, or let it return None",
+    lambda: inner(lambda x, weight: Call(x, weight)),  # type: ignore[call-arg]
+)
+cases(
     ValueError,
     r"'own' was read as Linear with a weight of shape \[3, 2\]",
     "Check what reads its arguments",

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -498,6 +499,49 @@ def test_registered_layers_replace_earlier_ones():
     assert set(calls) == {3}
     LAYERS.pop(0)
     torch.testing.assert_close(build(model, data).to_dense(), before.to_dense())
+
+
+def _forgetful(input: Tensor, other: Tensor) -> Call:
+    """Forget the bias."""
+    return Call(x=input, weight=other, format=Format())  # type: ignore[call-arg]
+
+
+def _divides(input: Tensor, other: Tensor) -> Call:
+    """Divide by zero."""
+    return Call(input, other, None, Format(other.ndim // 0))
+
+
+@pytest.mark.usefixtures("_restored_layers")
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+@pytest.mark.parametrize(
+    ("parser", "cause", "message"),
+    [
+        (
+            _forgetful,
+            TypeError,
+            r"'Mine', _forgetful, failed with TypeError \(.*: 'bias'\)\. Correct it",
+        ),
+        (_divides, ZeroDivisionError, "'Mine', _divides, failed with ZeroDivisionError"),
+        (partial(_divides), ZeroDivisionError, r"'Mine', functools\.partial\(.*, failed with"),
+    ],
+)
+def test_errors_of_what_reads_arguments(parser: Any, cause: type, message: str, backend: str):
+    """They were taken for calls that are not those of layers, if they were of type TypeError."""
+    register_layer(LayerType("Mine", {torch.inner: parser}, {torch.ops.aten.inner.default: parser}))
+    model = Uses(lambda m, x: torch.inner(x, m.w), w=torch.rand(2, 2))
+    with pytest.raises(RuntimeError, match=message) as raised:
+        build(model, backend=backend)
+    assert type(raised.value.__cause__) is cause
+
+
+@pytest.mark.usefixtures("_restored_layers")
+@pytest.mark.parametrize("parser", [lambda input: None, lambda *, out: None])
+def test_arguments_that_are_not_read(parser: Any):
+    """A call with other arguments than those of the entry is any other use of the parameter."""
+    register_layer(LayerType("Mine", {torch.inner: parser}, {}))
+    model = Uses(lambda m, x: torch.inner(x, m.w), w=torch.rand(2, 2))
+    with pytest.raises(NotImplementedError, match=r"'w' \(used by inner\)"):
+        build(model)
 
 
 MISFITS: dict[str, tuple[Callable[[Tensor, Tensor], Call], str]] = {
