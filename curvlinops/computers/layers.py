@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
+from types import NoneType
 from typing import Any
 
 import torch
@@ -300,7 +301,7 @@ def read_operation(operation: Any, args: Any, kwargs: Any) -> Call | None:
 def _read(name: str, parser: Parser, args: Any, kwargs: Any) -> Call | None:
     """Read arguments; those that the entry does not know are not those of a layer."""
     try:
-        return parser(*args, **kwargs)
+        call = parser(*args, **kwargs)
     except Exception as error:
         if isinstance(error, TypeError) and not _takes(parser, args, kwargs):
             return None
@@ -309,6 +310,31 @@ def _read(name: str, parser: Parser, args: Any, kwargs: Any) -> Call | None:
             f"{type(error).__name__} ({error}). Correct it, or let it return None for a call that "
             "is not that of a layer."
         ) from error
+    _check_call(name, parser, call)
+    return call
+
+
+def _check_call(name: str, parser: Parser, call: Any) -> None:
+    """Raise unless what was read is None, or a call of tensors in a format."""
+    if call is None:
+        return
+    if not isinstance(call, Call):
+        wrong = f"something of type {type(call).__name__}"
+    elif not isinstance(call.x, Tensor):
+        wrong = f"a Call whose x has type {type(call.x).__name__}"
+    elif not isinstance(call.weight, (Tensor, NoneType)):
+        wrong = f"a Call whose weight has type {type(call.weight).__name__}"
+    elif not isinstance(call.bias, (Tensor, NoneType)):
+        wrong = f"a Call whose bias has type {type(call.bias).__name__}"
+    elif not isinstance(call.format, Format):
+        wrong = f"a Call whose format has type {type(call.format).__name__}"
+    else:
+        return
+    raise TypeError(
+        f"What reads the arguments of the layer {name!r}, {_name(parser)}, returned {wrong}. It "
+        "must return a Call with a tensor x, a weight and a bias that are tensors or None, and an "
+        "instance of Format; or None for a call that is not that of a layer."
+    )
 
 
 def _takes(parser: Parser, args: Any, kwargs: Any) -> bool:
@@ -329,14 +355,38 @@ def register_layer(layer: LayerType) -> None:
     """Add a kind of layer to those that KFAC and its relatives support.
 
     Args:
-        layer: Its entry. An entry with functions of an earlier one replaces it.
+        layer: Its entry. Its functions are read as it says, also if earlier entries have them. It
+            replaces an entry of the same name that was registered before.
 
     Raises:
-        TypeError: If it is not a :class:`LayerType`.
+        TypeError: If it is not a :class:`LayerType`, with a name and two dicts of functions.
     """
     if not isinstance(layer, LayerType):
         raise TypeError(f"register_layer takes a LayerType, got {type(layer).__name__}.")
-    LAYERS.insert(0, layer)
+    if not isinstance(layer.name, str):
+        raise TypeError(f"The name of a LayerType must be a string, got {layer.name!r}.")
+    for field in ("functions", "operations"):
+        _check_readers(layer.name, field, getattr(layer, field))
+    # layers of the library stay, even if a user calls some others like them
+    kept = [old for old in LAYERS if old.name != layer.name or old in _OWN]
+    LAYERS[:] = [layer, *kept]
+
+
+_OWN = tuple(LAYERS)
+
+
+def _check_readers(name: str, field: str, readers: Any) -> None:
+    """Raise unless a field of an entry is a dict from functions to functions."""
+    if not isinstance(readers, dict):
+        wrong = type(readers).__name__
+    elif not all(callable(x) for item in readers.items() for x in item):
+        wrong = repr(readers)
+    else:
+        return
+    raise TypeError(
+        f"The {field} of the LayerType {name!r} must be a dict from functions to what reads their "
+        f"arguments, also a function; got {wrong}."
+    )
 
 
 __all__ = ["LAYERS", "Call", "LayerType", "read_function", "read_operation", "register_layer"]

@@ -282,7 +282,7 @@ class Looking:
         if self.unsupported == "raise":
             ordered = sorted(reasons, key=list(self.risk.params).index)
             listing = ", ".join(f"{name!r} ({reasons[name]})" for name in ordered)
-            supported = ", ".join(layer.name for layer in LAYERS)
+            supported = ", ".join(dict.fromkeys(layer.name for layer in LAYERS))
             raise NotImplementedError(
                 f"These parameters are not in supported layers: {listing}. Supported: {supported}. "
                 "Leave them out of params to treat them as constants, or use "

@@ -159,6 +159,24 @@ cases(
 )
 cases(TypeError, "got type", "takes a LayerType", lambda: register_layer(nn.Linear))  # type: ignore[arg-type]
 cases(
+    TypeError,
+    "got 3",
+    "name of a LayerType must be a string",
+    lambda: register_layer(layers.LayerType(3, {}, {})),  # type: ignore[arg-type]
+)
+cases(
+    TypeError,
+    "got list",
+    "must be a dict from functions",
+    lambda: register_layer(layers.LayerType("Mine", [], {})),  # type: ignore[arg-type]
+)
+cases(
+    TypeError,
+    r"'Mine', .*<lambda>, returned something of type tuple",
+    "It must return a Call",
+    lambda: inner(lambda x, weight: (x, weight)),
+)
+cases(
     RuntimeError,
     r"'Mine', .*<lambda>, failed with TypeError",
     "Correct it, or let it return None",

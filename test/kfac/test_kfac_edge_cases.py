@@ -544,6 +544,27 @@ def test_arguments_that_are_not_read(parser: Any):
         build(model)
 
 
+RETURNED: dict[str, tuple[Callable[[Tensor, Tensor], Any], str]] = {
+    "tuple": (lambda x, w: (x, w, None, Format()), "something of type tuple"),
+    "no input": (lambda x, w: Call(None, w, None, Format()), "a Call whose x has type NoneType"),  # type: ignore[arg-type]
+    "name": (lambda x, w: Call(x, "w", None, Format()), "a Call whose weight has type str"),  # type: ignore[arg-type]
+    "number": (lambda x, w: Call(x, w, 0, Format()), "a Call whose bias has type int"),  # type: ignore[arg-type]
+    "class": (lambda x, w: Call(x, w, None, Format), "a Call whose format has type type"),  # type: ignore[arg-type]
+    "no format": (lambda x, w: Call(x, w, None, None), "a Call whose format has type NoneType"),  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.usefixtures("_restored_layers")
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_reads_arguments_returns_a_call(name: str, backend: str):
+    parser, message = RETURNED[name]
+    register_layer(LayerType("Mine", {torch.inner: parser}, {torch.ops.aten.inner.default: parser}))
+    model = Uses(lambda m, x: torch.inner(x, m.w), w=torch.rand(2, 2))
+    with pytest.raises(TypeError, match=f"the layer 'Mine', .*, returned {message}\\. It must"):
+        build(model, backend=backend)
+
+
 MISFITS: dict[str, tuple[Callable[[Tensor, Tensor], Call], str]] = {
     "narrow input": (
         lambda x, w: Call(x[..., :2], w, None, Format()),
@@ -587,6 +608,43 @@ def test_registered_layers_that_do_not_fit(name: str, backend: str):
     data = [(torch.rand(6, 3, dtype=F64), torch.rand(6, 4, dtype=F64))]
     with pytest.raises(ValueError, match="The layer of 'w' was read as .*" + message):
         build(model, data, backend=backend)
+
+
+@pytest.mark.usefixtures("_restored_layers")
+def test_entries_of_the_same_name():
+    """The last one counts; those of the library stay."""
+    own = list(LAYERS)
+    declines = LayerType("Mine", {torch.inner: lambda input, other: None}, {})
+    register_layer(declines)
+    register_layer(LayerType("Mine", {torch.inner: _read_inner}, {}))
+    assert LAYERS[1:] == own
+    model = Uses(lambda m, x: m.lin(torch.inner(x, m.w)), w=torch.rand(2, 2), lin=nn.Linear(2, 2))
+    data = batches(2, 3)
+    expected = build(model, data)
+    LAYERS[:] = own
+    register_layer(LayerType("Linear", {torch.inner: _read_inner}, {}))
+    torch.testing.assert_close(build(model, data).to_dense(), expected.to_dense())
+    register_layer(LayerType("Linear", declines.functions, {}))
+    assert LAYERS[1:] == own
+    with pytest.raises(NotImplementedError, match=r"Supported: Linear, Conv1d, .*, BatchNorm\."):
+        build(model)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (LayerType(torch.inner, {}, {}), "The name of a LayerType must be a string, got <"),  # type: ignore[arg-type]
+        (LayerType("Mine", [torch.inner], {}), "functions of the LayerType 'Mine' .* got list"),  # type: ignore[arg-type]
+        (LayerType("Mine", {}, None), "operations of the LayerType 'Mine' .* got NoneType"),  # type: ignore[arg-type]
+        (LayerType("Mine", {torch.inner: 3}, {}), r"functions of .* got \{<.*>: 3\}"),  # type: ignore[dict-item]
+        (LayerType("Mine", {}, {"inner": _read_inner}), r"operations of .* got \{'inner': <"),
+    ],
+)
+def test_wrong_entries(layer: LayerType, message: str):
+    before = list(LAYERS)
+    with pytest.raises(TypeError, match=message):
+        register_layer(layer)
+    assert before == LAYERS
 
 
 @pytest.mark.parametrize("layer", [F.linear, LayerType, ("Mine", {}, {}), None])
