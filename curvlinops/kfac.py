@@ -48,12 +48,11 @@ class KFACLinearOperator(_ChainPyTorchLinearOperator, CurvatureLinearOperator):
     belongs to an embedding and a linear layer has the Kronecker product nearest to the sum of both.
 
     The examples of a batch run along the first axis of the model's inputs; where they are inside of
-    the model is found by evaluating the first one alone, and the last one. A layer in whose input
-    they are not found is not supported where examples matter: with reduce, in normalisations, by
-    EKFAC and KFOC. So are layers of rows that the model selects, another number for each example
-    (tokens chosen by a mask, repeated, or joined from a list of examples); rows that it picks by
-    their numbers are noticed when a batch has more or fewer than as many examples like the first
-    one would have.
+    the model is found by evaluating up to three of them alone. A layer in whose input they are not
+    found, or not in their order, is not supported where examples matter: with reduce, in
+    normalisations, by EKFAC and KFOC. There, a model that may select rows by what is in them (by
+    masks, sorting, computed indices, experts) is evaluated once more for each batch, with the
+    examples in reverse. Layers that do not get the same rows in reverse are not supported either.
 
     Factors are computed once, in the constructor, in one pass over the data, whose predictions
     ``check_deterministic`` compares with those of a pass before. ``P, B, PT = K`` unpacks the

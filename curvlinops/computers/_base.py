@@ -238,6 +238,9 @@ class KFACComputer(Looking):
         """Evaluate the model on a batch, and note how it uses its parameters."""
         prediction, collector = self._run(statistic, batch)
         self._note(collector.calls, collector.other_uses)
+        if self._refuse_mistaken(prediction.detach(), batch):
+            self._look(batch)
+            return self._run_and_note(statistic, batch)
         return prediction, collector
 
     def _needs_examples(self, usage: Usage) -> bool:

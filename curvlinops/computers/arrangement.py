@@ -2,8 +2,10 @@
 
 Layers see examples along the first axis, along another one (attention puts positions first), inside
 of an axis (positions and examples flattened together), or not at all (an embedding of positions is
-the same for all examples). The inputs of a batch tell, compared with those of its first and last
-example alone. If they do not, all examples are taken as one: sums over all positions are right.
+the same for all examples). The inputs of a batch tell, compared with those of a few of its examples
+alone. Where entries of tensors may decide which rows a layer gets, those of the same batch with its
+examples in reverse have to be the same, in reverse. If examples are not found, all are taken as
+one: sums over all positions are right.
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from curvlinops.computers.selection import unevenly_selected
 
 # How far entries of the same example may be off, relative to the largest: products may be those of
 # bfloat16. And how many times farther those of others are at least.
@@ -53,6 +53,12 @@ class Arrangement:
         shape = [size if axis == self.axis else 1 for axis in range(tensor.ndim)]
         return index.reshape(shape).expand(tensor.shape)
 
+    def examples_of(self, tensor: Tensor, n: int) -> Tensor:
+        """Return the tensor with an axis for n examples, which is the first one."""
+        assert self.axis is not None
+        sizes = (-1, n) if self.inner else (n, -1)
+        return tensor.unflatten(self.axis, sizes).movedim(self.axis + self.inner, 0)
+
     def examples_first(self, tensor: Tensor, n: int) -> Tensor:
         """Bring the n examples to the first axis; the same tensor for each where there are none."""
         if self.axis is None:
@@ -61,8 +67,7 @@ class Arrangement:
             return tensor
         if tensor.ndim <= self.axis or tensor.shape[self.axis] % n:
             return tensor  # an error follows
-        sizes = (-1, n) if self.inner else (n, -1)
-        found = tensor.unflatten(self.axis, sizes).movedim(self.axis + self.inner, 0)
+        found = self.examples_of(tensor, n)
         # Positions stay a part of the first axis, if they were: layers may need the other axes.
         return found.flatten(0, 1) if self.axis == 0 else found
 
@@ -72,51 +77,54 @@ UNKNOWN = Arrangement(known=False)
 
 
 class Arrangements:
-    """Where the examples are in the calls of layers, found by comparison with single examples.
+    """Where the examples are in the calls of layers, found by comparison with a few examples.
 
     A call is a usage, and the number of the call in this way. Batches of another structure may have
     their examples elsewhere.
+
+    Attributes:
+        entries_matter: Whether entries of tensors may decide which rows layers get.
     """
 
     def __init__(self) -> None:
+        self.entries_matter = False
         self._structure: Any = None
-        self._single: dict[Any, list[Tensor]] = {}
+        self._plain = True
+        self._few: dict[Any, Tensor] = {}
+        self._numbers: dict[Any, list[int]] = {}  # of the few examples, by structure
         self._found: dict[Any, Arrangement] = {}
         self._positions: dict[Any, int] = {}  # of one example, in the axis that was found
+        self._reversed: dict[Any, Tensor] | None = None
+        self._calls: list[Any] = []  # of this evaluation of the model
+        self._spreading = False  # whether it has an axis for examples that the few had not
+        self._missing: list[Any] = []  # calls that were not made for a few examples
+        self._sought: set[Any] = set()  # of those, calls for which there was another look
         self._unverified: set[Any] = set()
         self._unknown: dict[Any, None] = {}  # in order
         self._refused: set[Any] = set()
         self._ignored = False
         self._disturbed: int | None = None
-        self._uneven: set[int] = set()
+
+    def begin(self, structure: Any, plain: bool) -> None:
+        """Take what follows to be about batches of a structure; plain if it is a tensor."""
+        self._structure, self._plain = structure, plain
+        self._reversed = None
 
     def begin_forward(self) -> None:
         """Begin with an evaluation of the model."""
-        self._uneven = set()
+        self._calls, self._spreading = [], False
 
-    def on_function(self, name: str, args: Any, kwargs: Any, result: Any, n: int) -> None:
-        """Note the rows that one of the functions of ``SELECTING`` selects of n examples.
-
-        If examples have different numbers of them, they cannot be told apart afterwards, even if
-        there are as many rows as if the numbers were the same.
-        """
-        if n > 1:
-            self._uneven |= unevenly_selected(name, args, kwargs, result, n)
-
-    def uneven(self, size: int) -> bool:
-        """Return whether examples may have different numbers of rows in an axis of a size."""
-        return size in self._uneven
-
-    def begin(self, structure: Any) -> None:
-        """Take what follows to be about batches of a structure."""
-        self._structure = structure
-
-    def learn(self, inputs: list[dict[Any, Tensor]]) -> None:
-        """Take the inputs of calls for the first example alone; and those for the last one."""
-        for call in inputs[0]:
+    def learn(self, inputs: dict[Any, Tensor], numbers: list[int]) -> None:
+        """Take the inputs of calls for a few examples alone, of these numbers in the batch."""
+        self._numbers[self._structure] = numbers
+        for call, x in inputs.items():
             key = (self._structure, *call)
             if key not in self._found:
-                self._single[key] = [alone[call] for alone in inputs if call in alone]
+                self._few[key] = x
+
+    def expect(self, inputs: dict[Any, Tensor] | None) -> None:
+        """Take the inputs of calls for the next batch with its examples in reverse, if known."""
+        self._reversed = inputs
 
     def of(self, usage: Any, index: int, x: Tensor, n: int) -> Arrangement:
         """Return where n examples are in the input of a call, and in its output."""
@@ -126,33 +134,75 @@ class Arrangements:
             )
         if n == 1 or self._ignored:
             return BATCH_FIRST
+        self._calls.append((usage, index))
         call = (self._structure, usage, index)
         where = self._found.get(call)
         if where is None:
-            alone = self._single.pop(call, None)
-            if alone is not None and alone[0].ndim == x.ndim:
-                where = self._found[call] = find_arrangement(alone, x, n)
-                if where.axis is not None and where.known:
-                    self._positions[call] = alone[0].shape[where.axis]
-            else:  # there is nothing to compare with
-                leading = x.shape if usage.format.is_embedding else x.shape[:-1]
-                where = BATCH_FIRST if n in accumulate(leading, mul) else UNKNOWN
-            if where.axis is None:
-                self._unverified.add((usage, index))
-        if where.known and where.axis is not None:
-            size, positions = x.shape[where.axis], self._positions.get(call)
-            if self.uneven(size) or (positions is not None and size != n * positions):
-                # not as many as before, or not as many of each: they depend on what is in them
-                self._positions.pop(call, None)
-                where = self._found[call] = UNKNOWN
+            where = self._found[call] = self._find(call, x, n)
+        if where.axis is None:
+            self._unverified.add((usage, index))
+        elif where.known:
+            where = self._found[call] = self._verified(call, x, n, where)
         if not where.known:
             self._unknown[usage, index] = None
         return where
+
+    def _find(self, call: Any, x: Tensor, n: int) -> Arrangement:
+        """Return where n examples are in the input of a call that is new."""
+        _, usage, _ = call
+        few, numbers = self._few.pop(call, None), self._numbers.get(self._structure)
+        if numbers is None:  # the model could not be evaluated on a few
+            leading = x.shape if usage.format.is_embedding else x.shape[:-1]
+            return BATCH_FIRST if self._plain and n in accumulate(leading, mul) else UNKNOWN
+        if few is None:
+            if call not in self._sought:
+                self._missing.append(call)
+            return UNKNOWN
+        if self._spreading and _without_examples(few, x, n):
+            return BATCH_FIRST
+        if few.ndim != x.ndim:
+            return UNKNOWN
+        where = find_arrangement(few, x, numbers, n)
+        if where.known and where.axis is not None:
+            self._positions[call] = x.shape[where.axis] // n
+        return where
+
+    def _verified(self, call: Any, x: Tensor, n: int, where: Arrangement) -> Arrangement:
+        """Return where examples are, if they have as many rows as before, and each its own."""
+        assert where.axis is not None
+        positions = self._positions.get(call)
+        if positions is not None and x.shape[where.axis] != n * positions:
+            return UNKNOWN
+        if self._reversed is None:
+            return where
+        other = self._reversed.pop(call[1:], None)  # lest it is held while others are computed
+        if other is None or x.shape[where.axis] % n:
+            return UNKNOWN
+        if self._spreading and _without_examples(other, x, n):
+            return where
+        same = other.shape == x.shape and near(
+            where.examples_of(x, n), where.examples_of(other, n).flip(0)
+        )
+        return where if same else UNKNOWN
+
+    def seek(self) -> bool:
+        """Return whether to look at a few examples again, for calls that others did not make."""
+        missing, self._missing = self._missing, []
+        self._sought.update(missing)
+        for call in missing:
+            self._found.pop(call, None)
+            self._unknown.pop(call[1:], None)
+        return bool(missing)
 
     def unknown(self) -> list[Any]:
         """Return the calls whose examples cannot be told apart, once."""
         calls, self._unknown = list(self._unknown), {}
         return calls
+
+    @property
+    def calls(self) -> list[Any]:
+        """The calls of the last evaluation."""
+        return list(self._calls)
 
     def unverified(self) -> list[Any]:
         """Return the calls with inputs that are the same for all examples, once."""
@@ -162,8 +212,9 @@ class Arrangements:
     def refuse(self, calls: Iterable[Any]) -> None:
         """Note calls that are left alone; without them, all others may see something else."""
         self._refused.update(calls)
-        self._single, self._found, self._positions, self._unknown = {}, {}, {}, {}
-        self._unverified = set()
+        self._few, self._found, self._positions, self._unknown = {}, {}, {}, {}
+        self._numbers, self._calls, self._missing = {}, [], []
+        self._unverified, self._reversed = set(), None
 
     def refuses(self, usage: Any, index: int) -> bool:
         """Return whether a call is one of these."""
@@ -179,6 +230,15 @@ class Arrangements:
             self._ignored = False
 
     @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Take for granted what was found, for other examples than those of the batch, inside."""
+        reversed_, self._reversed = self._reversed, None
+        try:
+            yield
+        finally:
+            self._reversed = reversed_
+
+    @contextmanager
     def disturbed(self, example: int) -> Iterator[None]:
         """Change what an example gets of layers whose input is the same for all examples inside."""
         self._disturbed = example
@@ -189,6 +249,7 @@ class Arrangements:
 
     def spread(self, output: Tensor, n: int) -> Tensor:
         """Return the output of such a layer, one for each example, in memory of its own."""
+        self._spreading = True
         outputs = spread(output, n).clone()
         if self._disturbed is not None:
             numbers = torch.arange(output.numel(), device=output.device)
@@ -205,47 +266,58 @@ def spread(tensor: Tensor, n: int) -> Tensor:
     return tensor.unsqueeze(0).expand(n, *tensor.shape)
 
 
-def find_arrangement(alone: list[Tensor], many: Tensor, n: int) -> Arrangement:
+def find_arrangement(
+    few: Tensor, many: Tensor, numbers: list[int], n: int, any_order: bool = False
+) -> Arrangement:
     """Return where examples are in a tensor.
 
     Args:
-        alone: The tensor for the first example alone; and that for the last one.
+        few: The tensor for a few examples, fewer than n.
         many: The tensor for n examples, with as many axes.
+        numbers: The numbers of the few among them.
         n: Their number.
+        any_order: Whether the model may have brought them into another order.
     """
-    one = alone[0]
-    sizes = zip(one.shape, many.shape, strict=True)
-    changed = [k for k, (size, other) in enumerate(sizes) if size != other]
+    k = len(numbers)
+    sizes = zip(few.shape, many.shape, strict=True)
+    changed = [axis for axis, (size, other) in enumerate(sizes) if size != other]
     if not changed:
         return Arrangement(None)
     axis = changed[0]
-    positions = one.shape[axis]
-    if positions == 1 and many.shape[axis] == n:
+    if (few.shape[axis], many.shape[axis]) == (k, n):
         return Arrangement(axis)
-    if len(changed) > 1 or many.shape[axis] != n * positions:
+    if len(changed) > 1 or many.shape[axis] % n or few.shape[axis] * n != many.shape[axis] * k:
         return UNKNOWN
-    if len(alone) < 2 or alone[1].shape != one.shape:
-        return UNKNOWN
-    return _find_in(axis, alone, many, n)
+    return _find_in(axis, few, many, numbers, n, any_order)
 
 
-def _find_in(axis: int, alone: list[Tensor], many: Tensor, n: int) -> Arrangement:
+def _find_in(
+    axis: int, few: Tensor, many: Tensor, numbers: list[int], n: int, any_order: bool
+) -> Arrangement:
     """Return how examples and positions are arranged in an axis that has both."""
-    largest = max(_largest(x) for x in alone)
+    largest = _largest(few)
     if not isfinite(largest):  # an error follows
         return Arrangement(axis)
-    outer = many.unflatten(axis, (n, -1)).movedim(axis, 0)
-    inner = many.unflatten(axis, (-1, n)).movedim(axis + 1, 0)
+    readings = [Arrangement(axis), Arrangement(axis, inner=True)]
+    pairs = [(r.examples_of(few, len(numbers)), r.examples_of(many, n)) for r in readings]
+    distances = [_distance(few, many[numbers]) for few, many in pairs]
     limit = _SLACK * largest
-    distances = [max(map(_distance, alone, (xs[0], xs[-1]))) for xs in (outer, inner)]
-    if min(distances) > limit:  # the model may have brought examples into another order
-        distances = [
-            max(min(_distance(x, one) for x in xs) for one in alone) for xs in (outer, inner)
-        ]
+    if any_order and min(distances) > limit:
+        distances = [max(min(_distance(x, one) for x in xs) for one in ones) for ones, xs in pairs]
     nearest, other = sorted(distances)
     if not (nearest <= limit and _FARTHER * nearest < other):
         return UNKNOWN
     return Arrangement(axis, inner=nearest == distances[1])
+
+
+def near(actual: Tensor, expected: Tensor) -> bool:
+    """Return whether entries are the same up to rounding errors, if they are finite."""
+    return not _distance(actual, expected) > _SLACK * _largest(expected)
+
+
+def _without_examples(few: Tensor, x: Tensor, n: int) -> bool:
+    """Return whether a tensor is another one with an axis for n examples."""
+    return x.ndim > 0 and len(x) == n and few.shape in (x.shape[1:], (1, *x.shape[1:]))
 
 
 def of_owners(values: Tensor, owners: Tensor | None) -> Tensor:
@@ -279,6 +351,7 @@ __all__ = [
     "Arrangement",
     "Arrangements",
     "find_arrangement",
+    "near",
     "of_owners",
     "spread",
 ]

@@ -17,7 +17,7 @@ from curvlinops.computers.arrangement import BATCH_FIRST, Arrangements
 from curvlinops.computers.callers import called_by
 from curvlinops.computers.layers import read_function
 from curvlinops.computers.positions import Positions
-from curvlinops.computers.selection import SELECTING
+from curvlinops.computers.selection import NAMES, may_select
 from curvlinops.computers.usages import Parameters, Usage, check_widths, tensors_in
 
 
@@ -95,9 +95,10 @@ class HooksCollector:
             return  # the prediction depends on none of the layers
         torch.autograd.grad(F, self._root, vector, retain_graph=not last, allow_unused=True)
 
-    def on_selection(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
-        """A function that selects rows was called."""
-        self._arrangements.on_function(name, args, kwargs, output, self._n)
+    def on_selection(self, name: str, args: Any, kwargs: Any) -> None:
+        """A function that may select rows is called."""
+        if may_select(name, args, kwargs, self._n):
+            self._arrangements.entries_matter = True
 
     def on_call(self, usage: Usage, x: Tensor, output: Tensor) -> Tensor:
         """A layer was called; return its output."""
@@ -192,12 +193,10 @@ class _Watch(TorchFunctionMode):
         with _unseen():
             touched = self._params.sharing(args, kwargs)
         if not touched:  # nor can the result share memory with a parameter
-            output = func(*args, **kwargs)
             name = getattr(func, "__name__", "")
-            if name in SELECTING:
-                with _unseen():
-                    self._collector.on_selection(name, args, kwargs, output)
-            return output
+            if name in NAMES:
+                self._collector.on_selection(name, args, kwargs)
+            return func(*args, **kwargs)
         with _unseen():
             involved = self._params.involved([x for x in touched if id(x) not in self._constants])
         if not involved:

@@ -158,12 +158,14 @@ class OneBatch(KFACComputer):
             self._look_first(batch)
             self._refusing(batch, partial(self._look_at_all_of, batch))
             refuse_fixed(self._trace(batch.X), self._params)
+            self._look_no_more()
             return
 
     def _look_at_all_of(self, batch: Batch) -> None:
         """Note how the model uses its parameters for a whole batch, before that is traced."""
         prediction, usages, other_uses = self._observe(batch.X, batch.n, lambda *_: None)
         self._note(usages, other_uses)
+        self._refuse_mistaken(prediction, batch)
         if self._keeps_terms_apart:
             self._where_in(prediction, batch)
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from curvlinops.computers.arrangement import (
     BATCH_FIRST,
@@ -15,9 +15,10 @@ from curvlinops.computers.arrangement import (
     Arrangement,
     Arrangements,
     find_arrangement,
+    near,
 )
 from curvlinops.computers.layers import LAYERS
-from curvlinops.computers.per_example import ends, first_examples, last_example, structure
+from curvlinops.computers.per_example import example_tensors, some_examples, structure
 from curvlinops.computers.plan import GroupPlan, MisfitError, plan_groups
 from curvlinops.computers.usages import Usage
 from curvlinops.distributed import Collective
@@ -48,8 +49,12 @@ class Looking:
         self._diagonal: set[str] = set()  # parameters that get a diagonal block
         self._arrangements = Arrangements()
         self._seen: set[Any] = set()  # structures of batches
-        self._predictions: dict[Any, list[Tensor]] = {}  # for single examples, by structure
+        # for a few examples, whose numbers are given, by structure
+        self._predictions: dict[Any, tuple[Tensor, list[int]]] = {}
         self._prediction_at: dict[Any, Arrangement] = {}  # where they are in predictions
+        self._shared: dict[Any, int] = {}  # the tensor of several that is for all examples
+        self._trusted: set[Any] = set()  # structures whose predictions for a few are right
+        self._reversed: Tensor | None = None  # the prediction for the batch in reverse
         self._recording = False  # whether a statistic has got events
         self._outdated = False  # whether they were others if it was known what is known now
         self._planned: tuple[Any, list[GroupPlan]] = (None, [])  # for how many of both, and plans
@@ -93,69 +98,136 @@ class Looking:
 
     def _look_anew(self, batch: Batch) -> None:
         """Find out how the model uses its parameters from the first batch of each structure."""
-        signature = _signature(batch)
-        self._arrangements.begin(signature)
-        if self._any_rank(not self._usages or signature not in self._seen):
+        if self._any_rank(not self._usages or _signature(batch) not in self._seen):
             self._look_first(batch)
+        self._look(batch)
 
     def _look_first(self, batch: Batch) -> None:
-        """Find out how the model uses its parameters, from at most two examples."""
-        X, n = _few(batch)
-        self._look(batch)
+        """Find out how the model uses its parameters, from at most four examples."""
+        n = batch.n
+        numbers = sorted({0, n // 3, 2 * n // 3, n - 1})
+        X = self._some(batch, numbers)
+        few = batch if X is None else Batch(X, batch.y, len(numbers))
+        self._look(few)
+        known = few.n == 1 or _signature(few) in self._predictions
+        if not known and not self.risk.sharded:  # the model cannot do with them
+            self._seen.clear()
+            few = batch
+            self._look(batch)
 
         def look() -> None:
             try:
-                _, usages, other_uses = self._observe(X, n, _ignore)
+                prediction, usages, other_uses = self._observe(few.X, few.n, _ignore)
             except Exception:  # whatever a model does with few examples
                 _, usages, other_uses = self._observe(batch.X, batch.n, _ignore)
+                self._note(usages, other_uses)
+                return
             self._note(usages, other_uses)
+            if self._refuse_mistaken(prediction, few):
+                self._look(few)
+                look()
+            self._where_in(prediction, few)
 
-        self._refusing(batch, look)
+        self._refusing(few, look)
+        self._predictions.clear()  # the next batch may have other examples
 
     def _look(self, batch: Batch) -> None:
-        """Find out from single examples where the examples are inside of the model.
+        """Find out from a few examples where the examples are inside of the model.
 
-        This is done for the first batch of each structure.
+        This is done for the first batch of each structure. If the model may choose rows by what is
+        in the examples, all of them are looked at, in reverse, for each batch.
         """
         signature = _signature(batch)
-        self._arrangements.begin(signature)
+        self._arrangements.begin(signature, isinstance(batch.X, Tensor))
+        self._reversed = None
         needed = batch.n > 1 and signature not in self._seen
         if self._any_rank(needed):
-            seen = [self._look_at(_alone(batch, first_examples, 1))]
-            prediction, inputs = seen[0]
-            tensors = [*inputs.values(), *prediction]
-            if self._any_rank(any(x.shape[:1] != (1,) for x in tensors)):
-                seen.append(self._look_at(_alone(batch, last_example)))
+            numbers = _few_numbers(batch.n)
+            prediction, inputs = self._look_at_few(batch, numbers)
             if needed:
-                self._arrangements.learn([inputs for _, inputs in seen])
-            if needed and self._keeps_terms_apart:
-                self._predictions[signature] = [p for prediction, _ in seen for p in prediction]
-        if needed:
-            self._seen.add(signature)
+                self._seen.add(signature)
+                if prediction is not None:
+                    self._arrangements.learn(inputs, numbers)
+                    self._predictions[signature] = prediction, numbers
+        verified = batch.n > 1 and self._arrangements.entries_matter and self._wants_examples
+        if self._any_rank(verified):
+            numbers = list(range(batch.n))[::-1]
+            prediction, inputs = self._look_at(self._some(batch, numbers), batch.n)
+            if verified:
+                self._reversed = prediction
+                self._arrangements.expect(inputs)
         self._recording = True
+
+    def _look_no_more(self) -> None:
+        """Take what was found for granted, also in batches of other examples."""
+        self._reversed = None
+        self._arrangements.expect(None)
+
+    @property
+    def _wants_examples(self) -> bool:
+        """Whether examples must be told apart, in a model for which that can be verified."""
+        if self.risk.likely_traits.random:
+            return False
+        return self._keeps_terms_apart or any(map(self._needs_examples, self._usages))
 
     def _any_rank(self, wanted: bool) -> bool:
         """Return whether to evaluate the model: all ranks do if it is sharded, or none."""
         return self.collective.any(wanted) if self.risk.sharded else wanted
 
-    def _look_at(self, one: Any) -> tuple[list[Tensor], dict[tuple[Usage, int], Tensor]]:
-        """Return the prediction for a single example, and the inputs of all calls of layers.
+    def _look_at(self, X: Any, n: int) -> tuple[Tensor | None, dict[tuple[Usage, int], Tensor]]:
+        """Return the prediction for some n examples, and the inputs of all calls of layers.
 
-        Both are empty if there are none.
+        None and no inputs if there are none.
         """
-        if one is None:  # the examples are not in the first axis of any tensor
-            return [], {}
+        if X is None:  # the examples are not in the first axis of any tensor
+            return None, {}
         inputs: dict[tuple[Usage, int], Tensor] = {}
 
         def on_call(usage: Usage, index: int, x: Tensor) -> None:
             inputs[usage, index] = x
 
         try:
-            prediction, usages, other_uses = self._observe(one, 1, on_call)
-        except Exception:  # whatever a model does with a single example
-            return [], {}
+            with self._arrangements.ignored():
+                prediction, usages, other_uses = self._observe(X, n, on_call)
+        except Exception:  # whatever a model does with a few examples
+            return None, {}
         self._note(usages, other_uses)
-        return [prediction], inputs
+        return prediction, inputs
+
+    def _look_at_few(
+        self, batch: Batch, numbers: list[int]
+    ) -> tuple[Tensor | None, dict[tuple[Usage, int], Tensor]]:
+        """Look at a few examples of a batch, by number.
+
+        Which tensors of several have an entry for each example is not known, if there are as many
+        entries by chance: if the model fails, one of them may be for all examples.
+        """
+        signature, k = _signature(batch), len(numbers)
+        seen = self._look_at(self._some(batch, numbers), k)
+        if seen[0] is None and not isinstance(batch.X, Tensor) and not self.risk.sharded:
+            for shared in range(len(example_tensors(batch))):
+                self._shared[signature] = shared
+                seen = self._look_at(self._some(batch, numbers), k)
+                if seen[0] is not None:
+                    return seen
+            self._shared.pop(signature, None)
+        return seen
+
+    def _some(self, batch: Batch, numbers: list[int]) -> Any | None:
+        """Return the input of some examples of a batch, by number; None if they cannot be had."""
+        X, n = batch.X, batch.n
+        some = some_examples(X, n, numbers, self._shared.get(_signature(batch)))
+        if some is None and isinstance(X, Tensor) and X.ndim and len(X) % n == 0:
+            # positions of an example next to each other in the first axis
+            some = some_examples(X.unflatten(0, (n, -1)), n, numbers)
+            return None if some is None else some.flatten(0, 1)
+        return some
+
+    def _ends(self, batch: Batch) -> tuple[Any, int]:
+        """Return the input of the first and the last example of a batch, and their number."""
+        if batch.n == 1:
+            return batch.X, 1
+        return self._some(batch, [0, batch.n - 1]), 2
 
     @property
     def _keeps_terms_apart(self) -> bool:
@@ -164,20 +236,60 @@ class Looking:
 
     def _where_in(self, prediction: Tensor, batch: Batch) -> Arrangement:
         """Return where the examples of a batch are in its prediction."""
+        n = batch.n
+        if n == 1:
+            return BATCH_FIRST
         signature = _signature(batch)
         if signature not in self._prediction_at:
-            alone = self._predictions.pop(signature, [])
-            if batch.n == 1:
-                return BATCH_FIRST
-            if alone and alone[0].ndim == prediction.ndim:
-                where = find_arrangement(alone, prediction, batch.n)
+            few, numbers = self._predictions.get(signature, (None, []))
+            if few is None or few.ndim != prediction.ndim:
+                where = BATCH_FIRST if prediction.shape[:1] == (n,) else UNKNOWN
             else:
-                where = BATCH_FIRST if prediction.shape[:1] == (batch.n,) else UNKNOWN
+                where = find_arrangement(few, prediction, numbers, n, any_order=True)
             self._prediction_at[signature] = where
         where = self._prediction_at[signature]
-        if where.axis is not None and self._arrangements.uneven(prediction.shape[where.axis]):
+        other = self._reversed
+        if other is None or where.axis is None or not where.known:
+            return where
+        if other.shape != prediction.shape:
             return UNKNOWN
-        return where
+        own = where.examples_of(prediction, n)
+        same = near(own, where.examples_of(other, n).flip(0)) or near(prediction, other)  # sorted
+        return where if same else UNKNOWN
+
+    def _refuse_mistaken(self, prediction: Tensor, batch: Batch) -> bool:
+        """Refuse all layers if the model predicts something else for a few examples alone.
+
+        Then examples depend on one another, or a tensor among several has as many entries in its
+        first axis as there are examples, but not one for each.
+        """
+        signature = _signature(batch)
+        if batch.n == 1 or isinstance(batch.X, Tensor) or signature in self._trusted:
+            return False
+        self._trusted.add(signature)
+        if self._may_differ:
+            return False
+        few, numbers = self._predictions.get(signature, (None, []))
+        if few is None or few.ndim != prediction.ndim:
+            return False
+        where = find_arrangement(few, prediction, numbers, batch.n)
+        if where.axis is None or not where.known:
+            return False
+        alone = where.examples_of(few, len(numbers))
+        if near(alone, where.examples_of(prediction, batch.n)[numbers]):
+            return False
+        calls = self._arrangements.calls
+        if calls:
+            self._leave(calls, "the model predicts something else for some examples alone")
+        return bool(calls)
+
+    @property
+    def _may_differ(self) -> bool:
+        """Whether predictions may depend on other examples, or chance, as in training."""
+        model = self.risk.model
+        layers = [] if model is None else model.modules()
+        coupled = any(x.training for x in layers if isinstance(x, nn.modules.batchnorm._BatchNorm))
+        return coupled or self.risk.likely_traits.random
 
     def _refuse_layers(self, batch: Batch) -> bool:
         """Refuse layers of inputs without examples if the model cannot do with one for each.
@@ -187,18 +299,23 @@ class Looking:
         Returns:
             Whether there were some: what was computed of the batch is wrong then.
         """
-        if self._refuse_unknown():
+        if self._any_rank(self._arrangements.seek()):
+            self._seen.clear()
+            self._look(batch)
+            self._outdated = self._recording
             return True
         shared = self._arrangements.unverified()
         if not self._any_rank(bool(shared)):
-            return False
+            return self._refuse_unknown()
         try:
-            right = self._can_do_with_one_each(*_few(batch))
+            with self._arrangements.settled():
+                right = self._can_do_with_one_each(*self._ends(batch))
         except Exception:  # whatever a model does with another shape
             right = False
         if not right:
             self._leave(shared, "its layer's input has no axis of examples")
-        return not right
+            return True
+        return self._refuse_unknown()
 
     def _can_do_with_one_each(self, X: Any, n: int) -> bool:
         """Return whether each of n examples has its own output of layers of inputs without them."""
@@ -255,6 +372,7 @@ class Looking:
             else:
                 if not self._refuse_layers(batch):
                     return result
+            self._look(batch)
 
     def _note(self, usages: Iterable[Usage], other_uses: dict[str, str]) -> None:
         """Note how the model uses its parameters; raise if that is not supported."""
@@ -329,21 +447,9 @@ def _signature(batch: Batch) -> Any:
     return structure(X), rows
 
 
-def _alone(batch: Batch, choose: Callable[..., Any], *args: int) -> Any | None:
-    """Return the input of some examples of a batch; None if they cannot be had."""
-    X, n = batch.X, batch.n
-    some = choose(X, n, *args)
-    if some is None and isinstance(X, Tensor) and X.ndim and len(X) % n == 0:
-        # positions of an example next to each other in the first axis
-        some = choose(X.unflatten(0, (n, -1)), n, *args).flatten(0, 1)
-    return some
-
-
-def _few(batch: Batch) -> tuple[Any, int]:
-    """Return the input of the first and the last example of a batch, and their number."""
-    if batch.n == 1:
-        return batch.X, 1
-    return _alone(batch, ends), 2
+def _few_numbers(n: int) -> list[int]:
+    """Return the numbers of up to three examples: fewer than there are, in another order."""
+    return list(dict.fromkeys([n - 1, 0, n // 2]))[: max(n - 1, 1)]
 
 
 def _ignore(usage: Usage, index: int, x: Tensor) -> None:

@@ -13,7 +13,7 @@ from curvlinops.computers.arrangement import BATCH_FIRST, Arrangements
 from curvlinops.computers.containers import flattened
 from curvlinops.computers.layers import read_operation
 from curvlinops.computers.positions import Positions
-from curvlinops.computers.selection import SELECTING
+from curvlinops.computers.selection import NAMES, may_select
 from curvlinops.computers.tracing import Trace
 from curvlinops.computers.usages import Parameters, Usage, check_widths, tensors_in
 
@@ -84,6 +84,7 @@ class MakeFxCollector:
         """
         self._n = n
         self._arrangements.begin_forward()
+        self._arrangements.entries_matter |= not trace.reusable
         self.calls, self.other_uses = {}, {}
         device = next(iter(params.values())).device
         self._root = torch.empty(0, device=device, requires_grad=True)
@@ -105,9 +106,10 @@ class MakeFxCollector:
             return  # the prediction depends on none of the layers
         torch.autograd.grad(F, self._root, vector, retain_graph=not last, allow_unused=True)
 
-    def on_selection(self, name: str, args: Any, kwargs: Any, output: Any) -> None:
-        """An operation that selects rows was called."""
-        self._arrangements.on_function(name, args, kwargs, output, self._n)
+    def on_selection(self, name: str, args: Any, kwargs: Any) -> None:
+        """An operation that may select rows is called."""
+        if may_select(name, args, kwargs, self._n):
+            self._arrangements.entries_matter = True
 
     def on_call(self, usage: Usage, x: Tensor, output: Tensor) -> Tensor:
         """A layer was called; return its output."""
@@ -180,8 +182,8 @@ class _Runner(Interpreter):
         usage = None if call is None else self._params.usage(call)
         output = super().call_function(target, args, kwargs)
         name = _name(target)
-        if not involved and name in SELECTING:
-            self._collector.on_selection(name, args, kwargs, output)
+        if not involved and name in NAMES:
+            self._collector.on_selection(name, args, kwargs)
         if not involved or name == "detach" or not torch.is_grad_enabled():
             self._note_constants(output)
         elif call is not None and usage is not None and (usage.weight or usage.bias):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from itertools import count
 from operator import itemgetter
 from typing import Any
 
@@ -86,7 +87,7 @@ class ExampleGradients:
             width: Number of examples, E.
             cotangents: Cotangents of the examples' flattened predictions.
         """
-        theta, tensors = self.theta, _example_tensors(batch)
+        theta, tensors = self.theta, example_tensors(batch)
 
         def pull_back(tensors: list[Tensor], U: Tensor) -> tuple[Tensor, Params]:
             def predict(theta: Params) -> Tensor:
@@ -188,7 +189,7 @@ def _used(leaves: Params, gradients: tuple[Tensor | None, ...]) -> Params:
     return {name: g for name, g in pairs if g is not None}
 
 
-def _example_tensors(batch: Batch) -> list[Tensor]:
+def example_tensors(batch: Batch) -> list[Tensor]:
     """Return the tensors in a batch's input that have an entry for each example."""
     tensors: list[Tensor] = []
     _map_examples(batch.X, batch.n, tensors.append)
@@ -216,14 +217,13 @@ def first_examples(X: Any, n: int, k: int) -> Any | None:
     return _some_examples(X, n, lambda tensor: tensor[:k])
 
 
-def last_example(X: Any, n: int) -> Any | None:
-    """Return the input of the last of n examples; None as above."""
-    return _some_examples(X, n, lambda tensor: tensor[n - 1 :])
+def some_examples(X: Any, n: int, numbers: list[int], shared: int | None = None) -> Any | None:
+    """Return the input of some of n examples, by their numbers; None as above.
 
-
-def ends(X: Any, n: int) -> Any | None:
-    """Return the input of the first and the last of n > 1 examples; None as above."""
-    return _some_examples(X, n, lambda tensor: torch.cat([tensor[:1], tensor[n - 1 :]]))
+    One of the tensors that have n entries is that of all examples, if its number is given.
+    """
+    counter = count()
+    return _some_examples(X, n, lambda x: x if next(counter) == shared else x[numbers])
 
 
 def _some_examples(X: Any, n: int, take: Callable[[Tensor], Tensor]) -> Any | None:

@@ -16,6 +16,7 @@ import torch
 from block_checks import assert_close
 from kfac_cases import Lambda
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from curvlinops import (
     EKFACLinearOperator,
@@ -190,8 +191,8 @@ def positions_first(m: Any, x: Tensor) -> Tensor:
 
 
 def not_alone(m: Any, x: Tensor) -> Tensor:
-    if len(x) == 1:
-        raise ValueError("One example is not enough.")
+    if len(x) < 4:
+        raise ValueError("A few examples are not enough.")
     return positions_first(m, x)
 
 
@@ -268,7 +269,7 @@ MIXED = {
         names=("a.weight",),
         first=lambda: nn.Embedding(2, 4),
     ),
-    "not alone": Mixed(not_alone, lambda: sequences(4, 2), lambda m, x: net(m, x).mean(1)),
+    "not alone": Mixed(not_alone, lambda: sequences(4, 5), lambda m, x: net(m, x).mean(1)),
 }
 NEED_EXAMPLES = {
     "ekfac": (EKFACLinearOperator, {}),
@@ -390,22 +391,31 @@ ORDERS = {
     ],
 )
 def test_sequences_that_the_model_sorts(order: str, operator: Any, approx: str, backend: str):
-    """Each example's rows are next to each other, at another example's place.
+    """What needs the examples is refused, also if they happen to be in this order already.
 
-    Catches: gradients of one example with the inputs of another.
+    Catches: gradients of one example with the inputs of another, if a layer is used repeatedly.
     """
+    torch.manual_seed(0)
     parts = {"a": nn.Linear(3, 4), "norm": nn.LayerNorm(4), "b": nn.Linear(4, 2)}
     model = Lambda(sorted_by_length, **parts).double()
-    plain = Lambda(not_sorted, **parts)
+    data = labeled(*padded(*ORDERS[order]))
+    names: tuple[str, ...] = ("norm.weight", "norm.bias")
+    if operator is EKFACLinearOperator or approx == "reduce":
+        names = (*names, *LINEARS)
+    check_refused(operator, model, data, backend, names, APART, kfac_approx=approx)
+
+
+@each_backend
+@pytest.mark.parametrize("order", ORDERS)
+def test_expand_of_sequences_that_the_model_sorts(order: str, backend: str):
+    """It does not need the examples."""
+    torch.manual_seed(0)
+    parts = {"a": nn.Linear(3, 4), "norm": nn.Identity(), "b": nn.Linear(4, 2)}
+    model, plain = (Lambda(f, **parts).double() for f in (sorted_by_length, not_sorted))
     data = labeled(*padded(*ORDERS[order]))
     assert_close(model(data[0][0]), plain(data[0][0]))
-    K = build(operator, model, data, backend, kfac_approx=approx)
-    expected = build(operator, plain, data, kfac_approx=approx)
-    check_equal(K, model, by_parameter(expected, plain))
-    exact = ggn_blocks(plain, data)
-    check_equal(K, model, exact, "norm.weight", "norm.bias")
-    if operator is EKFACLinearOperator:
-        check_traces(K, model, exact)
+    K = build(KFACLinearOperator, model, data, backend)
+    check_equal(K, model, by_parameter(build(KFACLinearOperator, plain, data), plain))
 
 
 @each_backend
@@ -419,6 +429,18 @@ def test_equally_many_tokens_of_each_example(backend: str):
 
 def where_it_is(keep: Tensor) -> Tensor:
     return keep.flatten().nonzero()[:, 0]
+
+
+def numbers_of(keep: Tensor) -> list[int]:
+    return [i for i, kept in enumerate(keep.flatten().tolist()) if kept]
+
+
+def in_buffer(x: Tensor, keep: Tensor) -> Tensor:
+    rows, stop = x.new_zeros(int(keep.sum()), 3), 0
+    for i in range(len(x)):
+        start, stop = stop, stop + int(keep[i].sum())
+        rows[start:stop] = x[i, keep[i]]
+    return rows
 
 
 #: Ways to choose tokens ``[:, 3]`` of x ``[n, T, 3]`` by a mask ``[n, T]``.
@@ -447,6 +469,19 @@ CHOOSE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     ],
     "pieces": lambda x, keep: torch.cat([x[i, keep[i]] for i in range(len(x))]),
     "pieces along 0": lambda x, keep: torch.concat([x[i, keep[i]] for i in range(len(x))], dim=0),
+    "vstack": lambda x, keep: torch.vstack([x[i, keep[i]] for i in range(len(x))]),
+    "hstack": lambda x, keep: torch.hstack([x[i, keep[i]].T for i in range(len(x))]).T,
+    "stack": lambda x, keep: torch.stack([x.flatten(0, 1)[i] for i in numbers_of(keep)]),
+    "numbers": lambda x, keep: x.flatten(0, 1)[torch.tensor(numbers_of(keep))],
+    "list of numbers": lambda x, keep: x.flatten(0, 1)[numbers_of(keep)],
+    "gather": lambda x, keep: x.flatten(0, 1).gather(
+        0, torch.tensor(numbers_of(keep))[:, None].expand(-1, 3)
+    ),
+    "embedding": lambda x, keep: F.embedding(torch.tensor(numbers_of(keep)), x.reshape(-1, 3)),
+    "argsort": lambda x, keep: x.flatten(0, 1)[
+        (~keep.flatten()).byte().argsort(stable=True)[: int(keep.sum())]
+    ],
+    "buffer": lambda x, keep: in_buffer(x, keep),
 }
 each_choice = pytest.mark.parametrize("choice", CHOOSE)
 
@@ -475,15 +510,21 @@ def test_as_many_rows_as_of_equal_examples(choice: str, backend: str):
 
 @each_backend
 @each_choice
+def test_as_many_rows_in_a_later_batch(choice: str, backend: str):
+    """The first one has two of each example."""
+    model = chosen_by(choice)
+    data = labeled(*numbers_of_tokens((2, 2, 2, 2), (1, 3, 3, 1)))
+    check_refused(EKFACLinearOperator, model, data, backend, LINEARS, APART)
+
+
+@each_backend
+@each_choice
 def test_equally_many_rows_of_each_example(choice: str, backend: str):
     """They may differ from batch to batch."""
     model = chosen_by(choice)
     data = labeled(*numbers_of_tokens((2, 2, 2, 2), (2, 2, 2)))
-    if choice == "unique":  # whose numbers cannot be known
-        check_refused(EKFACLinearOperator, model, data, backend, LINEARS, APART)
-    else:
-        K = build(EKFACLinearOperator, model, data, backend)
-        check_traces(K, model, ggn_blocks(model, data))
+    K = build(EKFACLinearOperator, model, data, backend)
+    check_traces(K, model, ggn_blocks(model, data))
 
 
 #: What has nothing to do with the examples, though numbers may be equal: 4 of 8 tokens of 4.
@@ -509,6 +550,124 @@ def largest(x: Tensor) -> Tensor:
 
 FIXED = torch.tensor([True, False, True, True, False, False, True, False])
 FIXED_FEATURES = torch.tensor([True, False, True, True, False, False, False, False, False])
+
+
+def best(m: Any, x: Tensor) -> Tensor:
+    """As many tokens of the batch as it has examples."""
+    found = x[..., 0].flatten().topk(len(x)).indices
+    out = x.new_zeros(x.shape[0] * x.shape[1], 2)
+    return (
+        out.index_copy(0, found, net(m, x.flatten(0, 1)[found])).unflatten(0, (len(x), -1)).sum(1)
+    )
+
+
+def halves(m: Any, x: Tensor) -> Tensor:
+    """Rows of chosen tokens, two for each of them."""
+    keep = x[..., 0] > 0
+    rows = net(m, x[keep].repeat_interleave(2, 0)).unflatten(0, (-1, 2)).sum(1)
+    return x.new_zeros(*keep.shape, 2).masked_scatter(keep.unsqueeze(-1), rows).sum(1)
+
+
+def experts(m: Any, x: Tensor) -> Tensor:
+    """Each of two layers gets the tokens that choose it."""
+    h = x.flatten(0, 1)
+    out = h.new_zeros(len(h), 2)
+    for number, layer in enumerate((m.a, m.other)):
+        (tokens,) = torch.where((h[:, 0] > 0) == bool(number))
+        if len(tokens):
+            out = out.index_add(0, tokens, m.b(torch.tanh(layer(h[tokens]))))
+    return out.unflatten(0, (len(x), -1)).sum(1)
+
+
+BY_BATCH: dict[str, tuple[Forward, tuple[tuple[int, ...], ...]]] = {
+    "best": (best, ((3, 1, 0, 0),)),
+    "best in a later batch": (best, ((1, 1, 1), (2, 1, 0))),
+    "repeated": (halves, ((2, 1, 3, 2), (1, 3, 2, 2))),
+    "experts of one example": (experts, ((3, 0),)),
+    "experts of another one in a later batch": (experts, ((2, 2), (3, 1))),
+}
+
+
+@slow_diagonals
+@each_backend
+@pytest.mark.parametrize("name", BY_BATCH)
+def test_rows_that_the_batch_decides(name: str, backend: str):
+    """Numbers of rows are those of models that have as many of each example."""
+    forward, counts = BY_BATCH[name]
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(3, 4), "norm": nn.Identity(), "b": nn.Linear(4, 2)}
+    if forward is experts:
+        layers["other"] = nn.Linear(3, 4)
+    model, data = Lambda(forward, **layers).double(), labeled(*numbers_of_tokens(*counts))
+    with pytest.raises(NotImplementedError, match="not in supported layers"):
+        build(EKFACLinearOperator, model, data, backend)
+    K = build(EKFACLinearOperator, model, data, backend, unsupported="diagonal")
+    exact = ggn_blocks(model, data)
+    for parameter, block in by_parameter(K, model).items():
+        torch.testing.assert_close(block.trace(), exact[parameter].trace())
+
+
+@each_backend
+def test_an_encoder_that_sorts_is_used_twice(backend: str):
+    """Gradients of one example are not added to those of another."""
+
+    def encode(m: Any, x: Tensor) -> Tensor:
+        order = x[:, 0].argsort()
+        return torch.tanh(m.a(x[order]))[order.argsort()]
+
+    model = Lambda(
+        lambda m, x: m.b(encode(m, x[:, 0]) * encode(m, x[:, 1])),
+        a=nn.Linear(3, 4),
+        b=nn.Linear(4, 2),
+    ).double()
+    data = labeled(*sequences(4, 4))
+    names = ("a.weight", "a.bias")
+    check_refused(EKFACLinearOperator, model, data, backend, names, APART)
+
+
+@each_backend
+@pytest.mark.parametrize("n", [3, 4, 7])
+@pytest.mark.parametrize("operator", [KFACLinearOperator, EKFACLinearOperator])
+def test_a_tensor_for_all_examples_among_others(operator: Any, n: int, backend: str):
+    """Positions are not examples, though there are four of them, as many as examples."""
+    model = Lambda(
+        lambda m, X: m.b(torch.tanh(m.a(X["ids"]) + m.other(X["positions"])).mean(1)),
+        a=nn.Embedding(5, 3),
+        other=nn.Embedding(6, 3),
+        b=nn.Linear(3, 2),
+    ).double()
+    X = {"ids": torch.randint(5, (n, 4)), "positions": torch.arange(4)}
+    data = [(X, torch.arange(n) % 2)]
+    options: Any = {"batch_size_fn": lambda X: len(X["ids"])}
+    params = dict(model.named_parameters())
+    K = operator(model, LOSS, params, data, fisher_type="type-2", backend=backend, **options)
+    G = GGNLinearOperator(model, LOSS, params, data, **options)
+    exact, blocks = by_parameter(G, model), by_parameter(K, model)
+    if operator is EKFACLinearOperator:
+        for name in blocks:
+            torch.testing.assert_close(blocks[name].trace(), exact[name].trace())
+    single = [({**X, "ids": X["ids"][i : i + 1]}, data[0][1][i : i + 1]) for i in range(n)]
+    expected = operator(model, LOSS, params, single, fisher_type="type-2", **options)
+    check_equal(K, model, by_parameter(expected, model))
+
+
+@each_backend
+def test_a_tensor_for_all_examples_that_may_be_cut(backend: str):
+    """If the model can do with fewer entries, its predictions show that it has got too few."""
+    model = Lambda(
+        lambda m, X: m.b(torch.tanh(m.a(X["x"]) + m.other(X["context"]).mean(0))),
+        a=nn.Linear(3, 4),
+        other=nn.Linear(3, 4),
+        b=nn.Linear(4, 2),
+    ).double()
+    X = {"x": torch.randn(4, 3, dtype=F64), "context": torch.randn(4, 3, dtype=F64)}
+    params = dict(model.named_parameters())
+    data, reason = [(X, torch.arange(4) % 2)], "predicts something else for some examples alone"
+    for operator in (KFACLinearOperator, EKFACLinearOperator):
+        with pytest.raises(NotImplementedError, match=reason):
+            operator(
+                model, LOSS, params, data, backend=backend, batch_size_fn=lambda X: len(X["x"])
+            )
 
 
 @each_backend
@@ -594,9 +753,9 @@ def test_structures_have_arrangements_of_their_own(backend: str):
 @pytest.mark.parametrize(("off", "known"), [(0.0, True), (0.05, True), (0.07, False)])
 def test_tolerance(off: float, known: bool):
     """Rounding of half precision is allowed; what is farther off is not found, though nearest."""
-    alone = torch.tensor([[1.0], [2.0]])
-    many = torch.cat([alone, alone]) + off
-    found = find_arrangement([alone, alone], many, 2)
+    few = torch.tensor([[1.0], [2.0]])
+    many = torch.cat([few, few]) + off
+    found = find_arrangement(few, many, [1], 2)
     assert found == (BATCH_FIRST if known else UNKNOWN)
 
 

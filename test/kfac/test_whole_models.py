@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from block_checks import check_ekfac, check_kfac, given_samples
+from block_checks import check_ekfac, check_kfac, given_samples, kept_apart
 from layer_reference import (
     layer_examples,
     layer_groups,
@@ -51,7 +51,7 @@ def build(cls: Any, name: str, joint: bool, approx: str, fisher_type: str, **opt
 def reference(name: str, fisher_type: str) -> tuple[str, Any]:
     """Return Fisher type and vectors for the reference."""
     if fisher_type == "mc":
-        return "given", given_samples(problem_of(name), SAMPLES, SEED)
+        return "given", kept_apart(given_samples(problem_of(name), SAMPLES, SEED))
     return fisher_type, None
 
 
