@@ -139,9 +139,9 @@ class Arrangements:
         where = self._found.get(call)
         if where is None:
             where = self._found[call] = self._find(call, x, n)
-        if where.axis is None:
-            self._unverified.add((usage, index))
-        elif where.known:
+            if where.axis is None:
+                self._unverified.add((usage, index))
+        if where.known and where.axis is not None:
             where = self._found[call] = self._verified(call, x, n, where)
         if not where.known:
             self._unknown[usage, index] = None

@@ -750,6 +750,42 @@ def test_structures_have_arrangements_of_their_own(backend: str):
     check_traces(K, model, ggn_blocks(model, data))
 
 
+def plain(m: Any, x: Tensor) -> Tensor:
+    return net(m, x).mean(1)
+
+
+def with_positions(m: Any, x: Tensor) -> Tensor:
+    return m.b(torch.tanh(m.a(x) + m.other(torch.eye(3, dtype=x.dtype)))).mean(1)
+
+
+EVALUATIONS: dict[str, tuple[Forward, int, int]] = {
+    "plain": (plain, 0, 0),
+    "positions": (with_positions, 4, 0),  # one output for each example is tried, once
+    "chosen": (chosen, 0, 1),
+}
+
+
+@pytest.mark.parametrize("operator", [KFACLinearOperator, EKFACLinearOperator])
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_number_of_evaluations(name: str, operator: Any):
+    """A few examples are evaluated once; others only where they matter."""
+    counts: list[int] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        counts.append(len(x))
+        return EVALUATIONS[name][0](m, x)
+
+    layers = {"a": nn.Linear(3, 4), "norm": nn.Identity(), "b": nn.Linear(4, 2)}
+    if name == "positions":
+        layers["other"] = nn.Linear(3, 4)
+    data = labeled(*numbers_of_tokens((2,) * 6, (2,) * 5, (2,) * 6))
+    build(operator, Lambda(forward, **layers).double(), data, check_deterministic=False)
+    _, once, each = EVALUATIONS[name]
+    reversed_ = each if operator is EKFACLinearOperator else 0
+    few = [3] + [2] * once
+    assert sorted(counts) == sorted([*few, *(n for n in (6, 5, 6) for _ in range(1 + reversed_))])
+
+
 @pytest.mark.parametrize(("off", "known"), [(0.0, True), (0.05, True), (0.07, False)])
 def test_tolerance(off: float, known: bool):
     """Rounding of half precision is allowed; what is farther off is not found, though nearest."""
