@@ -94,7 +94,7 @@ class Arrangements:
         self._numbers: dict[Any, list[int]] = {}  # of the few examples, by structure
         self._found: dict[Any, Arrangement] = {}
         self._positions: dict[Any, int] = {}  # of one example, in the axis that was found
-        self._reversed: dict[Any, Tensor] | None = None
+        self._reversed: dict[Any, Tensor | None] | None = None
         self._calls: list[Any] = []  # of this evaluation of the model
         self._spreading = False  # whether it has an axis for examples that the few had not
         self._missing: list[Any] = []  # calls that were not made for a few examples
@@ -106,7 +106,12 @@ class Arrangements:
         self._disturbed: int | None = None
 
     def begin(self, structure: Any, plain: bool) -> None:
-        """Take what follows to be about batches of a structure; plain if it is a tensor."""
+        """Take what follows to be about batches of a structure.
+
+        Args:
+            structure: The structure.
+            plain: Whether it is certain which tensors of the input have examples.
+        """
         self._structure, self._plain = structure, plain
         self._reversed = None
 
@@ -124,7 +129,7 @@ class Arrangements:
 
     def expect(self, inputs: dict[Any, Tensor] | None) -> None:
         """Take the inputs of calls for the next batch with its examples in reverse, if known."""
-        self._reversed = inputs
+        self._reversed = None if inputs is None else dict(inputs)
 
     def of(self, usage: Any, index: int, x: Tensor, n: int) -> Arrangement:
         """Return where n examples are in the input of a call, and in its output."""
@@ -151,13 +156,14 @@ class Arrangements:
         """Return where n examples are in the input of a call that is new."""
         _, usage, _ = call
         few, numbers = self._few.pop(call, None), self._numbers.get(self._structure)
-        if numbers is None:  # the model could not be evaluated on a few
-            leading = x.shape if usage.format.is_embedding else x.shape[:-1]
-            return BATCH_FIRST if self._plain and n in accumulate(leading, mul) else UNKNOWN
-        if few is None:
-            if call not in self._sought:
+        if few is None or numbers is None:
+            if numbers is not None and call not in self._sought:
                 self._missing.append(call)
-            return UNKNOWN
+                return UNKNOWN
+            if not self._plain or (numbers is not None and self.entries_matter):
+                return UNKNOWN
+            leading = x.shape if usage.format.is_embedding else x.shape[:-1]
+            return BATCH_FIRST if n in accumulate(leading, mul) else UNKNOWN
         if self._spreading and _without_examples(few, x, n):
             return BATCH_FIRST
         if few.ndim != x.ndim:
@@ -175,9 +181,12 @@ class Arrangements:
             return UNKNOWN
         if self._reversed is None:
             return where
-        other = self._reversed.pop(call[1:], None)  # lest it is held while others are computed
-        if other is None or x.shape[where.axis] % n:
+        if call[1:] not in self._reversed or x.shape[where.axis] % n:
             return UNKNOWN
+        other = self._reversed[call[1:]]
+        if other is None:  # compared before
+            return where
+        self._reversed[call[1:]] = None  # lest it is held while others are computed
         if self._spreading and _without_examples(other, x, n):
             return where
         same = other.shape == x.shape and near(

@@ -103,13 +103,14 @@ class Looking:
         self._look(batch)
 
     def _look_first(self, batch: Batch) -> None:
-        """Find out how the model uses its parameters, from at most four examples."""
+        """Find out how the model uses its parameters, from a few examples."""
         n = batch.n
-        numbers = sorted({0, n // 3, 2 * n // 3, n - 1})
+        plain = isinstance(batch.X, Tensor)
+        numbers = sorted({0, n - 1} if plain else {0, n // 3, 2 * n // 3, n - 1})
         X = self._some(batch, numbers)
         few = batch if X is None else Batch(X, batch.y, len(numbers))
         self._look(few)
-        known = few.n == 1 or _signature(few) in self._predictions
+        known = few.n == batch.n or _signature(few) in self._predictions
         if not known and not self.risk.sharded:  # the model cannot do with them
             self._seen.clear()
             few = batch
@@ -138,11 +139,12 @@ class Looking:
         in the examples, all of them are looked at, in reverse, for each batch.
         """
         signature = _signature(batch)
-        self._arrangements.begin(signature, isinstance(batch.X, Tensor))
+        plain = isinstance(batch.X, Tensor) or not example_tensors(batch)
+        self._arrangements.begin(signature, plain)
         self._reversed = None
         needed = batch.n > 1 and signature not in self._seen
         if self._any_rank(needed):
-            numbers = _few_numbers(batch.n)
+            numbers = _few_numbers(batch)
             prediction, inputs = self._look_at_few(batch, numbers)
             if needed:
                 self._seen.add(signature)
@@ -447,8 +449,14 @@ def _signature(batch: Batch) -> Any:
     return structure(X), rows
 
 
-def _few_numbers(n: int) -> list[int]:
-    """Return the numbers of up to three examples: fewer than there are, in another order."""
+def _few_numbers(batch: Batch) -> list[int]:
+    """Return the numbers of a few examples, fewer than there are, that are looked at alone.
+
+    Several show more where it is not certain which tensors of the input have examples.
+    """
+    n = batch.n
+    if isinstance(batch.X, Tensor):
+        return [n - 1]
     return list(dict.fromkeys([n - 1, 0, n // 2]))[: max(n - 1, 1)]
 
 

@@ -38,15 +38,13 @@ def network(name: str, loss: str, reduction: str) -> Problem:
     return problem(model, loss, reduction, [draw(n, *shape, seed=n) for n in (3, 2)])
 
 
-def sampled(case: Problem, samples: int, seed: int, together: bool = False) -> Tensor:
+def sampled(case: Problem, samples: int, seed: int) -> Tensor:
     """Return the GGN with the loss Hessian's estimate from the documented samples, ``[D, D]``.
 
     Args:
         case: The problem.
         samples: Number of samples of each loss term.
         seed: Of the samples.
-        together: Whether the samples of all loss terms of an example are one vector, as KFAC
-            back-propagates them. Without it, each loss term has an outer product of its own.
     """
     entry, _ = loss_entry(case.loss)
     f = case.predict(case.theta)
@@ -55,8 +53,5 @@ def sampled(case: Problem, samples: int, seed: int, together: bool = False) -> T
     g = entry.sample(F, y, uniforms.reshape(len(F), samples, -1))  # [samples, M, C]
     J = case.jacobian.reshape(*f.shape, -1)
     J = (J.movedim(1, -2) if case.is_cross_entropy else J).reshape(len(F), C, -1)
-    u = torch.einsum("smc,mcd->smd", g, J)
-    if together:
-        u = u.reshape(samples, len(f), -1, u.shape[-1]).sum(2)
-    u = u.flatten(0, 1)
+    u = torch.einsum("smc,mcd->smd", g, J).flatten(0, 1)
     return case.scale / samples * u.T @ u

@@ -19,7 +19,7 @@ TYPES = ("type-2", "mc", "empirical")
 def exact_matrix(case: Problem, fisher_type: str) -> Tensor:
     """Return the matrix whose blocks are approximated, dense."""
     if fisher_type == "mc":
-        return sampled(case, SAMPLES, SEED, together=True)
+        return sampled(case, SAMPLES, SEED)
     return case.exact(fisher_type)
 
 
