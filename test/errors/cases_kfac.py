@@ -494,10 +494,10 @@ def ekfac_accumulator(params: Any = PARAMS, basis: Any = None, **options: Any) -
 
 def diagonal_later() -> None:
     """Use a parameter in another way in the second batch."""
-    model = Uses(lambda m, x: m.a(x) * (m.a.bias if len(x) == 2 else 1))
+    model = Uses(lambda m, x: m.a(x) * (m.a.bias if len(x) == 3 else 1))
     accumulator = kfac_accumulator(model, unsupported="diagonal")
     accumulator.update(X, Y)
-    accumulator.update(X[:2], Y[:2])
+    accumulator.update(X[:3], Y[:3])
 
 
 def merge_diagonals() -> None:

@@ -483,7 +483,12 @@ CHOOSE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     ],
     "buffer": lambda x, keep: in_buffer(x, keep),
 }
-each_choice = pytest.mark.parametrize("choice", CHOOSE)
+#: The other backend is slower, and less is tried with it.
+CHOOSE_TRACED = ("mask first", "where", "masked_select", "pieces", "list of numbers", "buffer")
+each_choice = pytest.mark.parametrize(
+    ("choice", "backend"),
+    [*((name, "hooks") for name in CHOOSE), *((name, "make_fx") for name in CHOOSE_TRACED)],
+)
 
 
 def chosen_by(choice: str) -> nn.Module:
@@ -499,7 +504,6 @@ def chosen_by(choice: str) -> nn.Module:
     return Lambda(forward, a=nn.Linear(3, 4), norm=nn.Identity(), b=nn.Linear(4, 2)).double()
 
 
-@each_backend
 @each_choice
 def test_as_many_rows_as_of_equal_examples(choice: str, backend: str):
     """But examples have different numbers of them, however they are chosen."""
@@ -508,7 +512,6 @@ def test_as_many_rows_as_of_equal_examples(choice: str, backend: str):
     check_refused(EKFACLinearOperator, model, data, backend, LINEARS, APART)
 
 
-@each_backend
 @each_choice
 def test_as_many_rows_in_a_later_batch(choice: str, backend: str):
     """The first one has two of each example."""
@@ -517,7 +520,6 @@ def test_as_many_rows_in_a_later_batch(choice: str, backend: str):
     check_refused(EKFACLinearOperator, model, data, backend, LINEARS, APART)
 
 
-@each_backend
 @each_choice
 def test_equally_many_rows_of_each_example(choice: str, backend: str):
     """They may differ from batch to batch."""
