@@ -207,7 +207,8 @@ class Looking:
         signature, k = _signature(batch), len(numbers)
         seen = self._look_at(self._some(batch, numbers), k)
         if seen[0] is None and not isinstance(batch.X, Tensor) and not self.risk.sharded:
-            for shared in range(len(example_tensors(batch))):
+            several = len(example_tensors(batch))
+            for shared in range(several if several > 1 else 0):
                 self._shared[signature] = shared
                 seen = self._look_at(self._some(batch, numbers), k)
                 if seen[0] is not None:

@@ -586,6 +586,7 @@ BY_BATCH: dict[str, tuple[Forward, tuple[tuple[int, ...], ...]]] = {
     "best in a later batch": (best, ((1, 1, 1), (2, 1, 0))),
     "repeated": (halves, ((2, 1, 3, 2), (1, 3, 2, 2))),
     "experts of one example": (experts, ((3, 0),)),
+    "as many rows as examples": (experts, ((2, 0),)),  # of an expert that the last one has not
     "experts of another one in a later batch": (experts, ((2, 2), (3, 1))),
 }
 
@@ -670,6 +671,22 @@ def test_a_tensor_for_all_examples_that_may_be_cut(backend: str):
             operator(
                 model, LOSS, params, data, backend=backend, batch_size_fn=lambda X: len(X["x"])
             )
+
+
+@each_backend
+def test_mappings_that_cannot_be_cut(backend: str):
+    """If a model fails for a few examples, it is not known which tensors have examples."""
+
+    def forward(m: Any, X: Any) -> Tensor:
+        if len(X["x"]) < 4:
+            raise ValueError("A few examples are not enough.")
+        return m.b(torch.tanh(m.a(X["x"])))
+
+    model = Lambda(forward, a=nn.Linear(3, 4), b=nn.Linear(4, 2)).double()
+    data = [({"x": torch.randn(4, 3, dtype=F64)}, torch.arange(4) % 2)]
+    options = {"batch_size_fn": lambda X: len(X["x"])}
+    check_refused(EKFACLinearOperator, model, data, backend, LINEARS, APART, **options)
+    build(KFACLinearOperator, model, data, backend, **options)
 
 
 @each_backend
