@@ -71,9 +71,8 @@ def may_select(name: str, args: Any, kwargs: Any, n: int) -> bool:
         by_entries = isinstance(args[1], list) or any(
             isinstance(index, (Tensor, list)) for index in indices
         )
-        return (
-            by_entries and getattr(args[0], "dtype", None) != torch.bool
-        )  # masks are no inputs of layers
+        # masks are no inputs of layers
+        return by_entries and getattr(args[0], "dtype", None) != torch.bool
     if name in _GATHERING:  # within examples, tokens are gathered in many models
         tensors = tensors_in([args, kwargs])
         axis = kwargs.get("dim", args[1] if len(args) > 1 else None)

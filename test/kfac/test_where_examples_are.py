@@ -26,6 +26,7 @@ from curvlinops import (
     KFOCLinearOperator,
 )
 from curvlinops.computers.arrangement import BATCH_FIRST, UNKNOWN, find_arrangement
+from curvlinops.computers.selection import NAMES, may_select
 
 Data = list[tuple[Any, Tensor]]
 Forward = Callable[[Any, Tensor], Tensor]
@@ -687,6 +688,39 @@ def test_mappings_that_cannot_be_cut(backend: str):
     options = {"batch_size_fn": lambda X: len(X["x"])}
     check_refused(EKFACLinearOperator, model, data, backend, LINEARS, APART, **options)
     build(KFACLinearOperator, model, data, backend, **options)
+
+
+def test_functions_that_may_select():
+    """By entries, and not by places, sizes or masks of attention."""
+    x, numbers = torch.rand(3, 2), torch.tensor([[0], [1], [0]])
+    keep = numbers == 1
+    selecting: list[tuple[str, Any, Any]] = [
+        ("__getitem__", (x, keep[:, 0]), {}),
+        ("__getitem__", (x, (slice(None), [0, 1])), {}),
+        ("__getitem__", (x, [0, 1]), {}),
+        ("index", (x, [None, numbers[:2, 0]]), {}),
+        ("__setitem__", (x, slice(2), x[:2]), {}),
+        ("where", (keep,), {}),
+        ("where", (), {"condition": keep}),
+        ("cat", ([x, x, x],), {}),
+        ("vstack", ([x, x, x, x],), {}),
+        ("split", (x, [1, 2]), {}),
+        ("split", (x,), {"split_size_or_sections": [1, 2]}),
+        ("gather", (numbers, 0, numbers), {}),
+        ("gather", (numbers, 1, numbers, x), {}),
+        ("topk", (x, 2), {}),
+    ]
+    others: list[tuple[str, Any, Any]] = [
+        ("__getitem__", (x, (slice(None), 0)), {}),
+        ("__getitem__", (keep, numbers), {}),
+        ("where", (keep, x, x), {}),
+        ("where", (keep,), {"input": x, "other": x}),
+        ("cat", ([x, x],), {}),
+        ("split", (x, 2), {"dim": 0}),
+        ("gather", (numbers, 1, numbers), {}),
+    ]
+    assert all(name in NAMES and may_select(name, *call, 3) for name, *call in selecting)
+    assert not any(may_select(name, *call, 3) for name, *call in others)
 
 
 @each_backend
