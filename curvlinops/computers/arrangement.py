@@ -221,6 +221,10 @@ class Arrangements:
     def refuse(self, calls: Iterable[Any]) -> None:
         """Note calls that are left alone; without them, all others may see something else."""
         self._refused.update(calls)
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what was found of calls, but for those that are left alone."""
         self._few, self._found, self._positions, self._unknown = {}, {}, {}, {}
         self._numbers, self._calls, self._missing = {}, [], []
         self._unverified, self._reversed = set(), None
@@ -237,15 +241,6 @@ class Arrangements:
             yield
         finally:
             self._ignored = False
-
-    @contextmanager
-    def settled(self) -> Iterator[None]:
-        """Take for granted what was found, for other examples than those of the batch, inside."""
-        reversed_, self._reversed = self._reversed, None
-        try:
-            yield
-        finally:
-            self._reversed = reversed_
 
     @contextmanager
     def disturbed(self, example: int) -> Iterator[None]:

@@ -295,13 +295,15 @@ class Looking:
         return coupled or self.risk.likely_traits.random
 
     def _refuse_layers(self, batch: Batch) -> bool:
-        """Refuse layers of inputs without examples if the model cannot do with one for each.
-
-        And layers whose examples cannot be told apart, where they must be.
+        """Refuse layers whose examples must be told apart, or be there, and are not.
 
         Returns:
             Whether there were some: what was computed of the batch is wrong then.
         """
+        return self._refuse_shared(batch) or self._refuse_unknown()
+
+    def _refuse_shared(self, batch: Batch) -> bool:
+        """Refuse layers of inputs without examples if the model cannot do with one for each."""
         if self._any_rank(self._arrangements.seek()):
             self._seen.clear()
             self._look(batch)
@@ -309,16 +311,14 @@ class Looking:
             return True
         shared = self._arrangements.unverified()
         if not self._any_rank(bool(shared)):
-            return self._refuse_unknown()
+            return False
         try:
-            with self._arrangements.settled():
-                right = self._can_do_with_one_each(*self._ends(batch))
+            right = self._can_do_with_one_each(*self._ends(batch))
         except Exception:  # whatever a model does with another shape
             right = False
         if not right:
             self._leave(shared, "its layer's input has no axis of examples")
-            return True
-        return self._refuse_unknown()
+        return not right
 
     def _can_do_with_one_each(self, X: Any, n: int) -> bool:
         """Return whether each of n examples has its own output of layers of inputs without them."""
@@ -369,13 +369,26 @@ class Looking:
                 result = evaluate()
             except NotImplementedError:
                 raise
-            except Exception:  # whatever a model does with another shape
-                if self.risk.sharded or not self._refuse_layers(batch):
+            except Exception:  # whatever a model does with another shape, or by itself
+                if not (self._may_cause_errors(batch) and self._refuse_shared(batch)):
+                    self._seen.clear()  # not all calls were seen
+                    self._arrangements.forget()
                     raise
             else:
                 if not self._refuse_layers(batch):
                     return result
             self._look(batch)
+
+    def _may_cause_errors(self, batch: Batch) -> bool:
+        """Return whether the model may have failed because of outputs that got another shape."""
+        if self.risk.sharded:
+            return False
+        try:
+            with self._arrangements.ignored():
+                self._observe(batch.X, batch.n, _ignore)
+        except Exception:  # its own
+            return False
+        return True
 
     def _note(self, usages: Iterable[Usage], other_uses: dict[str, str]) -> None:
         """Note how the model uses its parameters; raise if that is not supported."""

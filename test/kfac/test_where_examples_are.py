@@ -22,6 +22,7 @@ from curvlinops import (
     EKFACLinearOperator,
     GGNLinearOperator,
     HessianLinearOperator,
+    KFACAccumulator,
     KFACLinearOperator,
     KFOCLinearOperator,
 )
@@ -1159,7 +1160,28 @@ BROADCAST = {
         linear,
         explicit=with_vector(lambda m, x: m.layer(torch.ones_like(x))),
     ),
+    "behind": Shared(
+        lambda m, x: with_outputs_behind(m, x, torch.arange(3)),
+        table,
+        (3, 3),
+        explicit=lambda m, x: with_outputs_behind(m, x, torch.arange(3).expand(len(x), 3)),
+    ),
+    "behind, chosen": Shared(
+        lambda m, x: with_outputs_behind(m, x[:, ORDER], torch.arange(3)),
+        table,
+        (3, 3),
+        (4, 3),
+        explicit=lambda m, x: with_outputs_behind(
+            m, x[:, ORDER], torch.arange(3).expand(len(x), 3)
+        ),
+    ),
 }
+ORDER = torch.tensor([2, 0, 1])
+
+
+def with_outputs_behind(m: Any, x: Tensor, places: Tensor) -> Tensor:
+    """One layer gets what is the same for all examples, and elsewhere what is not."""
+    return m.b(torch.tanh(m.a(x)).cumsum(1)).mean(1) * m.b(torch.tanh(m.layer(places))).mean(-2)
 
 
 @each_way
@@ -1174,6 +1196,65 @@ def test_outputs_that_are_broadcast(name: str, operator: Any, backend: str):
     check_equal(K, model, by_parameter(build(operator, explicit, data), explicit))
     if operator is EKFACLinearOperator:
         check_traces(K, model, ggn_blocks(model, data))
+
+
+def failing(times: int, without_derivatives: bool = False) -> tuple[nn.Module, Data]:
+    """Return a model that fails a few times, with layers whose examples are not in the input."""
+    left = [times]
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        h = m.layer(torch.arange(3)) + m.a(x[:, ORDER])
+        if len(x) > 1 and (h.requires_grad or without_derivatives) and left[0]:
+            left[0] -= 1
+            raise RuntimeError("Not enough memory.")
+        return m.b(torch.tanh(h)).mean(1)
+
+    model, data, _ = Shared(forward, table, (3, 3), (4, 2)).problem()
+    return model, data
+
+
+@each_backend
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("without_derivatives", [True, False])
+def test_errors_of_a_model(without_derivatives: bool, check: bool, backend: str):
+    """They are raised as they are. Catches: layers are refused instead."""
+    model, data = failing(100, without_derivatives)
+    with pytest.raises(RuntimeError, match=r"^Not enough memory\.$"):
+        build(EKFACLinearOperator, model, data, backend, check_deterministic=check)
+
+
+def test_another_try_after_an_error():
+    """Catches: what was compared with another evaluation, or not at all, is remembered."""
+    model, data = failing(2)
+    params, reduce = dict(model.named_parameters()), {"kfac_approx": "reduce"}
+    accumulator = KFACAccumulator(model, LOSS, params, fisher_type="type-2", **reduce)
+    (X, y), last = data
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="memory"):
+            accumulator.update(X, y)
+    accumulator.update(X, y)
+    accumulator.update(*last)
+    K = build(KFACLinearOperator, model, data, **reduce)
+    check_equal(accumulator.to_operator(), model, by_parameter(K, model))
+
+
+def test_a_batch_after_another_that_failed():
+    """Catches: that the failed one had rows that cannot be assigned to examples is remembered."""
+    model, _ = MIXED["chosen"].models()
+    data = labeled(*numbers_of_tokens((2, 1, 3, 2), (2, 2, 2, 2)))
+    params, reduce = dict(model.named_parameters()), {"kfac_approx": "reduce"}
+    accumulator = KFACAccumulator(model, LOSS, params, fisher_type="type-2", **reduce)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("Not enough memory.")
+
+    handle = model.b.register_forward_hook(lambda *args: fail() if args[-1].requires_grad else None)
+    with pytest.raises(RuntimeError, match="memory"):
+        accumulator.update(*data[0])
+    handle.remove()
+    accumulator.update(*data[1])
+    K = build(KFACLinearOperator, model, data[1:], **reduce)
+    check_equal(accumulator.to_operator(), model, by_parameter(K, model))
 
 
 # ---- PyTorch's fast path for encoders ------------------------------------------------------------
