@@ -4,8 +4,8 @@ Layers see examples along the first axis, along another one (attention puts posi
 of an axis (positions and examples flattened together), or not at all (an embedding of positions is
 the same for all examples). The inputs of a batch tell, compared with those of a few of its examples
 alone. Where entries of tensors may decide which rows a layer gets, those of the same batch with its
-examples in reverse have to be the same, in reverse. If examples are not found, all are taken as
-one: sums over all positions are right.
+examples in another order have to be the same, in that order. If examples are not found, all are
+taken as one: sums over all positions are right.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cache
+from itertools import accumulate, pairwise
 from math import isfinite
 from operator import mul
+from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# How far entries of the same example may be off, relative to the largest: products may be those of
-# bfloat16. And how many times farther those of others are at least.
-_SLACK, _FARTHER = 2**-5, 10
+# How far entries of the same example may be off, relative to the largest: what rounding errors of
+# bfloat16, of float32 and of float64 become in a model. And how many times farther others are.
+_COARSE, _SINGLE, _DOUBLE = 2**-5, 1e-3, 1e-5
+_FARTHER = 10
 
 
 @dataclass(frozen=True)
@@ -84,36 +87,42 @@ class Arrangements:
 
     Attributes:
         entries_matter: Whether entries of tensors may decide which rows layers get.
+        tolerance: How far the same entries may be off, relative to the largest.
     """
 
     def __init__(self) -> None:
         self.entries_matter = False
+        self.tolerance = 0.0
         self._structure: Any = None
         self._plain = True
         self._few: dict[Any, Tensor] = {}
         self._numbers: dict[Any, list[int]] = {}  # of the few examples, by structure
         self._found: dict[Any, Arrangement] = {}
         self._positions: dict[Any, int] = {}  # of one example, in the axis that was found
-        self._reversed: dict[Any, Tensor | None] | None = None
+        self._reordered: dict[Any, Tensor | None] | None = None
         self._calls: list[Any] = []  # of this evaluation of the model
         self._spreading = False  # whether it has an axis for examples that the few had not
         self._missing: list[Any] = []  # calls that were not made for a few examples
         self._sought: set[Any] = set()  # of those, calls for which there was another look
-        self._unverified: set[Any] = set()
+        self._unverified: dict[Any, Tensor] = {}  # calls with inputs for all examples, and these
         self._unknown: dict[Any, None] = {}  # in order
         self._refused: set[Any] = set()
+        self._not_shared: set[Any] = set()
         self._ignored = False
         self._disturbed: int | None = None
 
-    def begin(self, structure: Any, plain: bool) -> None:
+    def begin(self, structure: Any, plain: bool, may_differ: bool) -> None:
         """Take what follows to be about batches of a structure.
 
         Args:
             structure: The structure.
             plain: Whether it is certain which tensors of the input have examples.
+            may_differ: Whether a layer may get something else of an example each time.
         """
         self._structure, self._plain = structure, plain
-        self._reversed = None
+        self._reordered = None
+        if may_differ:
+            self.tolerance = float("inf")
 
     def begin_forward(self) -> None:
         """Begin with an evaluation of the model."""
@@ -122,14 +131,20 @@ class Arrangements:
     def learn(self, inputs: dict[Any, Tensor], numbers: list[int]) -> None:
         """Take the inputs of calls for a few examples alone, of these numbers in the batch."""
         self._numbers[self._structure] = numbers
+        self.allow_rounding(inputs.values())
         for call, x in inputs.items():
             key = (self._structure, *call)
             if key not in self._found:
                 self._few[key] = x
 
+    def allow_rounding(self, tensors: Iterable[Tensor]) -> None:
+        """Let the same entries be off by the rounding errors of tensors inside of the model."""
+        self.tolerance = max([self.tolerance, *map(_rounding, tensors)])
+
     def expect(self, inputs: dict[Any, Tensor] | None) -> None:
-        """Take the inputs of calls for the next batch with its examples in reverse, if known."""
-        self._reversed = None if inputs is None else dict(inputs)
+        """Take the inputs of calls for the next batch in :func:`another_order`, if known."""
+        self._reordered = None if inputs is None else dict(inputs)
+        self.allow_rounding(() if inputs is None else inputs.values())
 
     def of(self, usage: Any, index: int, x: Tensor, n: int) -> Arrangement:
         """Return where n examples are in the input of a call, and in its output."""
@@ -145,7 +160,7 @@ class Arrangements:
         if where is None:
             where = self._found[call] = self._find(call, x, n)
             if where.axis is None:
-                self._unverified.add((usage, index))
+                self._unverified[usage, index] = x
         if where.known and where.axis is not None:
             where = self._found[call] = self._verified(call, x, n, where)
         if not where.known:
@@ -166,10 +181,22 @@ class Arrangements:
             return BATCH_FIRST if n in accumulate(leading, mul) else UNKNOWN
         if self._spreading and _without_examples(few, x, n):
             return BATCH_FIRST
+        if len(numbers) == 1 and x.shape == (n, *few.shape):  # which the model had squeezed
+            few = few.unsqueeze(0)
         if few.ndim != x.ndim:
             return UNKNOWN
-        where = find_arrangement(few, x, numbers, n)
+        where = find_arrangement(few, x, numbers, n, self.tolerance)
+        if where.axis is None and (self._structure, call[1:]) in self._not_shared:
+            return UNKNOWN
         if where.known and where.axis is not None:
+            own, alone = where.examples_of(x, n), where.examples_of(few, len(numbers))
+            if not near(alone, own[numbers], self.tolerance):
+                if any(near(alone[0], one, self.tolerance) for one in own):
+                    return UNKNOWN  # examples have changed places
+                if not self.entries_matter:  # what they are depends on others: look again
+                    self.entries_matter = True
+                    self._missing.append(call)
+                    return UNKNOWN
             self._positions[call] = x.shape[where.axis] // n
         return where
 
@@ -179,20 +206,24 @@ class Arrangements:
         positions = self._positions.get(call)
         if positions is not None and x.shape[where.axis] != n * positions:
             return UNKNOWN
-        if self._reversed is None:
+        if self._reordered is None:
             return where
-        if call[1:] not in self._reversed or x.shape[where.axis] % n:
+        if call[1:] not in self._reordered or x.shape[where.axis] % n:
             return UNKNOWN
-        other = self._reversed[call[1:]]
+        other = self._reordered[call[1:]]
         if other is None:  # compared before
             return where
-        self._reversed[call[1:]] = None  # lest it is held while others are computed
+        self._reordered[call[1:]] = None  # lest it is held while others are computed
         if self._spreading and _without_examples(other, x, n):
             return where
-        same = other.shape == x.shape and near(
-            where.examples_of(x, n), where.examples_of(other, n).flip(0)
-        )
-        return where if same else UNKNOWN
+        return where if self.reordered(where, x, other, n) else UNKNOWN
+
+    def reordered(self, where: Arrangement, x: Tensor, other: Tensor, n: int) -> bool:
+        """Return whether a tensor has the same examples as another one in another order."""
+        if other.shape != x.shape:
+            return False
+        own = where.examples_of(x, n)[another_order(n)]
+        return near(own, where.examples_of(other, n), self.tolerance)
 
     def seek(self) -> bool:
         """Return whether to look at a few examples again, for calls that others did not make."""
@@ -213,10 +244,15 @@ class Arrangements:
         """The calls of the last evaluation."""
         return list(self._calls)
 
-    def unverified(self) -> list[Any]:
-        """Return the calls with inputs that are the same for all examples, once."""
-        calls, self._unverified = sorted(self._unverified, key=str), set()
+    def unverified(self) -> dict[Any, Tensor]:
+        """Return the calls with inputs that are the same for all examples, and these, once."""
+        calls, self._unverified = self._unverified, {}
         return calls
+
+    def not_shared(self, calls: Iterable[Any]) -> None:
+        """Note calls whose inputs are not for all examples, in batches of this structure."""
+        self._not_shared.update((self._structure, call) for call in calls)
+        self.forget()
 
     def refuse(self, calls: Iterable[Any]) -> None:
         """Note calls that are left alone; without them, all others may see something else."""
@@ -227,7 +263,7 @@ class Arrangements:
         """Forget what was found of calls, but for those that are left alone."""
         self._few, self._found, self._positions, self._unknown = {}, {}, {}, {}
         self._numbers, self._calls, self._missing = {}, [], []
-        self._unverified, self._reversed = set(), None
+        self._unverified, self._reordered = {}, None
 
     def refuses(self, usage: Any, index: int) -> bool:
         """Return whether a call is one of these."""
@@ -270,8 +306,26 @@ def spread(tensor: Tensor, n: int) -> Tensor:
     return tensor.unsqueeze(0).expand(n, *tensor.shape)
 
 
+@cache
+def another_order(n: int) -> list[int]:
+    """Return an irregular order of n numbers, at least 2, in which none follows the one before it.
+
+    What is not divided between examples where they end, or is in some order of its own, is another
+    thing then.
+    """
+    numbers, random = list(range(n)), Random(20 * n)
+    while any(after == before + 1 for before, after in pairwise(numbers)):
+        random.shuffle(numbers)
+    return numbers
+
+
 def find_arrangement(
-    few: Tensor, many: Tensor, numbers: list[int], n: int, any_order: bool = False
+    few: Tensor,
+    many: Tensor,
+    numbers: list[int],
+    n: int,
+    tolerance: float,
+    any_order: bool = False,
 ) -> Arrangement:
     """Return where examples are in a tensor.
 
@@ -280,23 +334,30 @@ def find_arrangement(
         many: The tensor for n examples, with as many axes.
         numbers: The numbers of the few among them.
         n: Their number.
+        tolerance: How far the same entries may be off, relative to the largest.
         any_order: Whether the model may have brought them into another order.
     """
     k = len(numbers)
     sizes = zip(few.shape, many.shape, strict=True)
     changed = [axis for axis, (size, other) in enumerate(sizes) if size != other]
-    if not changed:
-        return Arrangement(None)
+    if not changed:  # or those of the few were all, by chance
+        return Arrangement(None) if few.numel() and near(few, many, tolerance) else UNKNOWN
     axis = changed[0]
     if (few.shape[axis], many.shape[axis]) == (k, n):
         return Arrangement(axis)
     if len(changed) > 1 or many.shape[axis] % n or few.shape[axis] * n != many.shape[axis] * k:
         return UNKNOWN
-    return _find_in(axis, few, many, numbers, n, any_order)
+    return _find_in(axis, few, many, numbers, n, min(tolerance, _COARSE), any_order)
 
 
 def _find_in(
-    axis: int, few: Tensor, many: Tensor, numbers: list[int], n: int, any_order: bool
+    axis: int,
+    few: Tensor,
+    many: Tensor,
+    numbers: list[int],
+    n: int,
+    tolerance: float,
+    any_order: bool,
 ) -> Arrangement:
     """Return how examples and positions are arranged in an axis that has both."""
     largest = _largest(few)
@@ -305,7 +366,7 @@ def _find_in(
     readings = [Arrangement(axis), Arrangement(axis, inner=True)]
     pairs = [(r.examples_of(few, len(numbers)), r.examples_of(many, n)) for r in readings]
     distances = [_distance(few, many[numbers]) for few, many in pairs]
-    limit = _SLACK * largest
+    limit = _limit(few, tolerance)
     if any_order and min(distances) > limit:
         distances = [max(min(_distance(x, one) for x in xs) for one in ones) for ones, xs in pairs]
     nearest, other = sorted(distances)
@@ -314,9 +375,28 @@ def _find_in(
     return Arrangement(axis, inner=nearest == distances[1])
 
 
-def near(actual: Tensor, expected: Tensor) -> bool:
+def near(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Return whether entries are the same up to rounding errors, if they are finite."""
-    return not _distance(actual, expected) > _SLACK * _largest(expected)
+    return not _distance(actual, expected) > _limit(expected, tolerance)
+
+
+def _limit(tensor: Tensor, tolerance: float) -> float:
+    """Return how far the entries of a tensor may be off: integers are exact."""
+    exact = not (tensor.is_floating_point() or tensor.is_complex()) and isfinite(tolerance)
+    return 0.0 if exact else tolerance * _largest(tensor)
+
+
+def _rounding(tensor: Tensor) -> float:
+    """Return by how much a model's rounding errors may change a tensor, relative to all of it."""
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return 0.0
+    size = tensor.itemsize // (2 if tensor.is_complex() else 1)
+    kind = tensor.device.type
+    if size == 8:
+        return _DOUBLE
+    # other devices may compute products of float32 with fewer digits
+    exact = kind == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    return _SINGLE if size == 4 and exact and not torch.is_autocast_enabled(kind) else _COARSE
 
 
 def _without_examples(few: Tensor, x: Tensor, n: int) -> bool:
@@ -354,6 +434,7 @@ __all__ = [
     "UNKNOWN",
     "Arrangement",
     "Arrangements",
+    "another_order",
     "find_arrangement",
     "near",
     "of_owners",

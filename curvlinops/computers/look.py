@@ -14,13 +14,14 @@ from curvlinops.computers.arrangement import (
     UNKNOWN,
     Arrangement,
     Arrangements,
+    another_order,
     find_arrangement,
     near,
 )
 from curvlinops.computers.layers import LAYERS
 from curvlinops.computers.per_example import example_tensors, some_examples, structure
 from curvlinops.computers.plan import GroupPlan, MisfitError, plan_groups
-from curvlinops.computers.usages import Usage
+from curvlinops.computers.usages import Part, Usage
 from curvlinops.distributed import Collective
 from curvlinops.risk import Batch, EmpiricalRisk
 
@@ -54,7 +55,8 @@ class Looking:
         self._prediction_at: dict[Any, Arrangement] = {}  # where they are in predictions
         self._shared: dict[Any, int] = {}  # the tensor of several that is for all examples
         self._trusted: set[Any] = set()  # structures whose predictions for a few are right
-        self._reversed: Tensor | None = None  # the prediction for the batch in reverse
+        self._reordered: Tensor | None = None  # the prediction for the batch in another order
+        self._halves: list[Tensor | None] = []  # those for its halves, if it is to be cut
         self._recording = False  # whether a statistic has got events
         self._outdated = False  # whether they were others if it was known what is known now
         self._planned: tuple[Any, list[GroupPlan]] = (None, [])  # for how many of both, and plans
@@ -136,12 +138,14 @@ class Looking:
         """Find out from a few examples where the examples are inside of the model.
 
         This is done for the first batch of each structure. If the model may choose rows by what is
-        in the examples, all of them are looked at, in reverse, for each batch.
+        in the examples, or if it cannot do with a few of them, all of them are looked at, in
+        another order, for each batch.
         """
         signature = _signature(batch)
         plain = isinstance(batch.X, Tensor) or not example_tensors(batch)
-        self._arrangements.begin(signature, plain)
-        self._reversed = None
+        plain = plain and (batch.n == 1 or self._some(batch, [0]) is not None)
+        self._arrangements.begin(signature, plain, self._may_differ)
+        self._reordered, self._halves = None, []
         needed = batch.n > 1 and signature not in self._seen
         if self._any_rank(needed):
             numbers = _few_numbers(batch)
@@ -151,18 +155,22 @@ class Looking:
                 if prediction is not None:
                     self._arrangements.learn(inputs, numbers)
                     self._predictions[signature] = prediction, numbers
+                elif self._some(batch, numbers) is not None:
+                    self._arrangements.entries_matter = True
         verified = batch.n > 1 and self._arrangements.entries_matter and self._wants_examples
         if self._any_rank(verified):
-            numbers = list(range(batch.n))[::-1]
-            prediction, inputs = self._look_at(self._some(batch, numbers), batch.n)
+            prediction, inputs = self._look_at(batch, another_order(batch.n))
+            halves: list[Tensor | None] = []
+            if not isinstance(batch.X, Tensor):  # with other tensors than those of the examples
+                halves = [self._look_at(batch, numbers)[0] for numbers in _halves(batch.n)]
             if verified:
-                self._reversed = prediction
+                self._reordered, self._halves = prediction, halves
                 self._arrangements.expect(inputs)
         self._recording = True
 
     def _look_no_more(self) -> None:
         """Take what was found for granted, also in batches of other examples."""
-        self._reversed = None
+        self._reordered, self._halves = None, []
         self._arrangements.expect(None)
 
     @property
@@ -176,12 +184,18 @@ class Looking:
         """Return whether to evaluate the model: all ranks do if it is sharded, or none."""
         return self.collective.any(wanted) if self.risk.sharded else wanted
 
-    def _look_at(self, X: Any, n: int) -> tuple[Tensor | None, dict[tuple[Usage, int], Tensor]]:
-        """Return the prediction for some n examples, and the inputs of all calls of layers.
+    def _look_at(
+        self, batch: Batch, numbers: list[int]
+    ) -> tuple[Tensor | None, dict[tuple[Usage, int], Tensor]]:
+        """Return the prediction for some examples, by number, and the inputs of layers' calls.
 
         None and no inputs if there are none.
         """
-        if X is None:  # the examples are not in the first axis of any tensor
+        X = self._some(batch, numbers)  # None if they are not in the first axis of any tensor
+        if not self._any_rank(X is not None):
+            return None, {}
+        if X is None:  # other ranks need this one to evaluate something
+            self._observe(batch.X, batch.n, _ignore)
             return None, {}
         inputs: dict[tuple[Usage, int], Tensor] = {}
 
@@ -190,7 +204,7 @@ class Looking:
 
         try:
             with self._arrangements.ignored():
-                prediction, usages, other_uses = self._observe(X, n, on_call)
+                prediction, usages, other_uses = self._observe(X, len(numbers), on_call)
         except Exception:  # whatever a model does with a few examples
             return None, {}
         self._note(usages, other_uses)
@@ -204,13 +218,13 @@ class Looking:
         Which tensors of several have an entry for each example is not known, if there are as many
         entries by chance: if the model fails, one of them may be for all examples.
         """
-        signature, k = _signature(batch), len(numbers)
-        seen = self._look_at(self._some(batch, numbers), k)
+        signature = _signature(batch)
+        seen = self._look_at(batch, numbers)
         if seen[0] is None and not isinstance(batch.X, Tensor) and not self.risk.sharded:
             several = len(example_tensors(batch))
             for shared in range(several if several > 1 else 0):
                 self._shared[signature] = shared
-                seen = self._look_at(self._some(batch, numbers), k)
+                seen = self._look_at(batch, numbers)
                 if seen[0] is not None:
                     return seen
             self._shared.pop(signature, None)
@@ -223,14 +237,14 @@ class Looking:
         if some is None and isinstance(X, Tensor) and X.ndim and len(X) % n == 0:
             # positions of an example next to each other in the first axis
             some = some_examples(X.unflatten(0, (n, -1)), n, numbers)
-            return None if some is None else some.flatten(0, 1)
-        return some
+            some = None if some is None else some.flatten(0, 1)
+        known = some is not None and self.risk.has_examples(some, len(numbers))
+        return some if known else None
 
     def _ends(self, batch: Batch) -> tuple[Any, int]:
-        """Return the input of the first and the last example of a batch, and their number."""
-        if batch.n == 1:
-            return batch.X, 1
-        return self._some(batch, [0, batch.n - 1]), 2
+        """Return the input of the first and the last example, or of all, and their number."""
+        X = None if batch.n == 1 else self._some(batch, [0, batch.n - 1])
+        return (batch.X, batch.n) if X is None else (X, 2)
 
     @property
     def _keeps_terms_apart(self) -> bool:
@@ -239,52 +253,67 @@ class Looking:
 
     def _where_in(self, prediction: Tensor, batch: Batch) -> Arrangement:
         """Return where the examples of a batch are in its prediction."""
-        n = batch.n
-        if n == 1:
+        if batch.n == 1:
             return BATCH_FIRST
-        signature = _signature(batch)
+        where = self._place_in(prediction, batch)
+        return where if self._right_in_another_order(prediction, where, batch.n) else UNKNOWN
+
+    def _place_in(self, prediction: Tensor, batch: Batch) -> Arrangement:
+        """Return where examples are in predictions for batches of this structure."""
+        n, signature = batch.n, _signature(batch)
         if signature not in self._prediction_at:
             few, numbers = self._predictions.get(signature, (None, []))
             if few is None or few.ndim != prediction.ndim:
                 where = BATCH_FIRST if prediction.shape[:1] == (n,) else UNKNOWN
             else:
-                where = find_arrangement(few, prediction, numbers, n, any_order=True)
+                tolerance = self._arrangements.tolerance
+                where = find_arrangement(few, prediction, numbers, n, tolerance, any_order=True)
             self._prediction_at[signature] = where
-        where = self._prediction_at[signature]
-        other = self._reversed
+        return self._prediction_at[signature]
+
+    def _right_in_another_order(self, prediction: Tensor, where: Arrangement, n: int) -> bool:
+        """Return whether the model predicts the same for a batch in another order, if known."""
+        other = self._reordered
         if other is None or where.axis is None or not where.known:
-            return where
-        if other.shape != prediction.shape:
-            return UNKNOWN
-        own = where.examples_of(prediction, n)
-        same = near(own, where.examples_of(other, n).flip(0)) or near(prediction, other)  # sorted
-        return where if same else UNKNOWN
+            return True
+        if self._arrangements.reordered(where, prediction, other, n):
+            return True
+        # models may bring their examples into an order of their own
+        same_shape = other.shape == prediction.shape
+        return same_shape and near(prediction, other, self._arrangements.tolerance)
+
+    def _right_alone(self, prediction: Tensor, where: Arrangement, batch: Batch) -> bool:
+        """Return whether the model predicts the same for some examples alone, as far as known."""
+        if where.axis is None or not where.known:
+            return True
+        n, signature = batch.n, _signature(batch)
+        sets = [*zip(self._halves, _halves(n), strict=False)]
+        if signature in self._predictions and signature not in self._trusted:
+            sets.append(self._predictions[signature])
+        self._trusted.add(signature)
+        own, tolerance = where.examples_of(prediction, n), self._arrangements.tolerance
+        for some, numbers in sets:
+            if some is None:  # the model cannot do with them
+                return False
+            alike = some.ndim == prediction.ndim
+            if alike and not near(where.examples_of(some, len(numbers)), own[numbers], tolerance):
+                return False
+        return True
 
     def _refuse_mistaken(self, prediction: Tensor, batch: Batch) -> bool:
-        """Refuse all layers if the model predicts something else for a few examples alone.
+        """Refuse all layers if the model predicts something else for other sets of examples.
 
         Then examples depend on one another, or a tensor among several has as many entries in its
         first axis as there are examples, but not one for each.
         """
-        signature = _signature(batch)
-        if batch.n == 1 or isinstance(batch.X, Tensor) or signature in self._trusted:
-            return False
-        self._trusted.add(signature)
-        if self._may_differ:
-            return False
-        few, numbers = self._predictions.get(signature, (None, []))
-        if few is None or few.ndim != prediction.ndim:
-            return False
-        where = find_arrangement(few, prediction, numbers, batch.n)
-        if where.axis is None or not where.known:
-            return False
-        alone = where.examples_of(few, len(numbers))
-        if near(alone, where.examples_of(prediction, batch.n)[numbers]):
-            return False
-        calls = self._arrangements.calls
-        if calls:
-            self._leave(calls, "the model predicts something else for some examples alone")
-        return bool(calls)
+        reason = None
+        if not (batch.n == 1 or isinstance(batch.X, Tensor) or self._may_differ):
+            where = self._place_in(prediction, batch)
+            if not self._right_alone(prediction, where, batch):
+                reason = "the model predicts something else for some examples alone"
+            elif not self._right_in_another_order(prediction, where, batch.n):
+                reason = "the model predicts something else for examples in another order"
+        return self._leave([] if reason is None else self._arrangements.calls, reason or "")
 
     @property
     def _may_differ(self) -> bool:
@@ -312,13 +341,40 @@ class Looking:
         shared = self._arrangements.unverified()
         if not self._any_rank(bool(shared)):
             return False
+        if self._any_rank(self._arrangements.entries_matter):
+            others = self._not_shared(batch, shared)
+            if self._any_rank(bool(others)):
+                self._arrangements.not_shared(others)
+                self._seen.clear()
+                self._look(batch)
+                self._outdated = self._recording
+                return True
         try:
             right = self._can_do_with_one_each(*self._ends(batch))
         except Exception:  # whatever a model does with another shape
             right = False
-        if not right:
-            self._leave(shared, "its layer's input has no axis of examples")
-        return not right
+        calls = [] if right else sorted(shared, key=str)
+        return self._leave(calls, "its layer's input has no axis of examples")
+
+    def _not_shared(
+        self, batch: Batch, shared: dict[tuple[Usage, int], Tensor]
+    ) -> list[tuple[Usage, int]]:
+        """Return the calls whose input is not that of one more example alone, if it is not needed.
+
+        An expert may get nothing but the tokens of the examples that were looked at.
+        """
+        few = _few_numbers(batch)
+        one = next(number for number in range(batch.n) if batch.n == 1 or number not in few)
+        prediction, inputs = self._look_at(batch, [one])
+        if prediction is None:
+            return []
+        tolerance = self._arrangements.tolerance
+
+        def same(call: tuple[Usage, int], x: Tensor) -> bool:
+            other = inputs.get(call)
+            return other is not None and other.shape == x.shape and near(other, x, tolerance)
+
+        return [call for call, x in shared.items() if not same(call, x)]
 
     def _can_do_with_one_each(self, X: Any, n: int) -> bool:
         """Return whether each of n examples has its own output of layers of inputs without them."""
@@ -346,17 +402,32 @@ class Looking:
     def _refuse_unknown(self) -> bool:
         """Refuse layers whose examples cannot be told apart where they must be, if there are."""
         calls = [call for call in self._arrangements.unknown() if self._needs_examples(call[0])]
-        if calls:
-            self._leave(calls, "its layer's examples cannot be told apart")
-        return bool(calls)
+        return self._leave(calls, "its layer's examples cannot be told apart")
 
-    def _leave(self, calls: list[tuple[Usage, int]], reason: str) -> None:
-        """Refuse the parameters of calls, and leave these alone from now on."""
+    def _leave(self, calls: list[tuple[Usage, int]], reason: str) -> bool:
+        """Refuse the parameters of calls, and leave these alone from now on.
+
+        Those of other ranks, too, if the model is sharded.
+
+        Returns:
+            Whether there were any.
+        """
+        if not self._any_rank(bool(calls)):
+            return False
+        reasons = {part.name: reason for usage, _ in calls for part in _parts(usage)}
+        if self.risk.sharded:
+            for others in self.collective.gather(reasons):
+                reasons = {**others, **reasons}
+            calls = [
+                call
+                for call in self._arrangements.calls
+                if not reasons.keys().isdisjoint(part.name for part in _parts(call[0]))
+            ]
         self._arrangements.refuse(calls)
         self._seen.clear()  # without them, other layers may see something else
-        parts = [part for usage, _ in calls for part in (usage.weight, usage.bias)]
-        self._note([], {part.name: reason for part in parts if part is not None})
+        self._note([], reasons)
         self._outdated = self._recording  # also if they had been refused for another reason
+        return True
 
     def _needs_examples(self, usage: Usage) -> bool:
         """Return whether more than sums over all positions of all examples is wanted of a layer."""
@@ -456,11 +527,22 @@ class Looking:
         self._diagonal.update(diagonal)
 
 
+def _parts(usage: Usage) -> list[Part]:
+    """Return the parts of parameters that a layer uses."""
+    return [part for part in (usage.weight, usage.bias) if part is not None]
+
+
 def _signature(batch: Batch) -> Any:
     """Return something hashable that batches share whose examples have the same shapes."""
     X = batch.X
     rows = X.shape[0] / batch.n if isinstance(X, Tensor) and X.ndim else None
     return structure(X), rows
+
+
+def _halves(n: int) -> tuple[list[int], list[int]]:
+    """Return the numbers of the first and of the last half of n examples, or twice that of one."""
+    numbers = list(range(n))
+    return numbers[: n // 2] or numbers, numbers[n // 2 :]
 
 
 def _few_numbers(batch: Batch) -> list[int]:
@@ -470,7 +552,7 @@ def _few_numbers(batch: Batch) -> list[int]:
     """
     n = batch.n
     if isinstance(batch.X, Tensor):
-        return [n - 1]
+        return [2 * n // 3]  # where few orders leave it
     return list(dict.fromkeys([n - 1, 0, n // 2]))[: max(n - 1, 1)]
 
 

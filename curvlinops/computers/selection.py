@@ -27,6 +27,8 @@ _SELECTING = {
     "index_put_",
     "index_select",
     "item",
+    "masked_scatter",
+    "masked_scatter_",
     "masked_select",
     "multinomial",
     "nonzero",
@@ -47,13 +49,13 @@ _SELECTING = {
     "unique_consecutive",
 }
 _INDEXING = {"__getitem__", "index"}
-_GATHERING = {"gather", "take_along_dim"}
+_GATHERING = {"gather": 1, "take_along_dim": 2}  # the place of their axis
 _SPLITTING = {"split", "split_with_sizes"}
 _JOINING = {"cat", "concat", "concatenate", "hstack", "row_stack", "stack", "vstack"}
 
 #: The names of all functions that :func:`may_select` may be asked about.
 NAMES = frozenset(
-    _SELECTING | _INDEXING | _GATHERING | _SPLITTING | _JOINING | {"__setitem__", "where"}
+    _SELECTING | _INDEXING | set(_GATHERING) | _SPLITTING | _JOINING | {"__setitem__", "where"}
 )
 
 
@@ -75,8 +77,9 @@ def may_select(name: str, args: Any, kwargs: Any, n: int) -> bool:
         return by_entries and getattr(args[0], "dtype", None) != torch.bool
     if name in _GATHERING:  # within examples, tokens are gathered in many models
         tensors = tensors_in([args, kwargs])
-        axis = kwargs.get("dim", args[1] if len(args) > 1 else None)
-        return axis == 0 or any(x.is_floating_point() for x in tensors)
+        place = _GATHERING[name]
+        axis = kwargs.get("dim", args[place] if len(args) > place else None)
+        return axis in (0, None) or any(x.is_floating_point() for x in tensors)
     if name in _SPLITTING:
         return any(isinstance(x, (list, tuple)) for x in (*args[1:], *kwargs.values()))
     if name in _JOINING:

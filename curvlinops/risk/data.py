@@ -134,9 +134,9 @@ class BatchSource:
                 f"BatchEncoding), got {type(X).__name__}."
             )
         X = to_device(X, self.device)
-        return Batch(X, to_device(y, self.device), self._batch_size(X), element)
+        return Batch(X, to_device(y, self.device), self.batch_size(X), element)
 
-    def _batch_size(self, X: Any) -> int:
+    def batch_size(self, X: Any) -> int:
         """Count the examples of a batch."""
         if self.batch_size_fn is None:
             if not isinstance(X, Tensor):

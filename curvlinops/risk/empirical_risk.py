@@ -350,6 +350,13 @@ class EmpiricalRisk:
         with self.undisturbed():
             fn(self._source.batch(element))
 
+    def has_examples(self, X: Any, n: int) -> bool:
+        """Return whether an input is one of n examples, as the user counts them."""
+        try:
+            return self._source.batch_size(X) == n
+        except Exception:  # whatever the user's function does with a part of an input
+            return False
+
     def sum_over_data(
         self,
         fn: Callable[[Batch], tuple[list[Tensor], Tensor | float]],
