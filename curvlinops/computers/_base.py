@@ -123,6 +123,7 @@ class KFACComputer(Looking):
         self.max_factor_size = max_factor_size
         self._num_per_example_loss_terms = num_per_example_loss_terms
         self._random = RandomSource(seed)
+        self._check_options()
         self._largest_batch = 0
         self._num_vectors = 1  # that are back-propagated for a batch
         self._holders: dict[Key, list[int]] = {}  # the ranks that hold each block, its owner first
@@ -183,6 +184,9 @@ class KFACComputer(Looking):
 
     #: Whether the operator holds eigenvectors and eigenvalues, rather than factors.
     decomposes = False
+
+    def _check_options(self) -> None:
+        """Raise if options have no meaning for this approximation; nothing is evaluated yet."""
 
     # ---- what a backend implements ---------------------------------------------------------------
     def _check_model(self, model_func: Any) -> None:

@@ -38,16 +38,19 @@ class EKFACComputer(KFACComputer):
     def __init__(self, *args: Any, **kwargs: Any):
         self._recorder: Recorder | None = None  # of the first pass
         super().__init__(*args, **kwargs)
-        if self.fisher_type is FisherType.FORWARD_ONLY:
-            raise ValueError(
-                "EKFAC needs gradients: fisher_type='forward-only' is one of KFAC's only. "
-                "Use another one, or KFACLinearOperator."
-            )
         # the samples of a loss term depend on its place in the data
         same_order = self.check_deterministic and self.fisher_type is FisherType.MC
         self.risk.records_passes = same_order
 
     decomposes = True
+
+    def _check_options(self) -> None:
+        """Raise if there are no gradients; see the base class."""
+        if self.fisher_type is FisherType.FORWARD_ONLY:
+            raise ValueError(
+                "EKFAC needs gradients: fisher_type='forward-only' is one of KFAC's only. "
+                "Use another one, or KFACLinearOperator."
+            )
 
     def bases(self, part: list[Key] | None = None) -> dict[Key, list[Basis]]:
         """Compute KFAC's factors, and return their eigenvectors; None for a diagonal factor.

@@ -65,6 +65,11 @@ class KFOCComputer(KFACComputer):
     ):
         self.max_iter, self.tol = check_accuracy(max_iter, tol)
         super().__init__(*args, loss_terms=loss_terms, **kwargs)
+        self.loss_terms = "exact"
+        self.num_passes = 0
+
+    def _check_options(self) -> None:
+        """Raise if an option has no meaning here; see the base class."""
         if self.fisher_type not in _SAMPLES:
             raise ValueError(
                 f"KFOC needs fisher_type='type-2' or 'mc', got {str(self.fisher_type)!r}."
@@ -73,8 +78,6 @@ class KFOCComputer(KFACComputer):
             raise ValueError(
                 "KFOC searches for all blocks at once: it has no memory_budget. Leave it out."
             )
-        self.loss_terms = "exact"
-        self.num_passes = 0
 
     @property
     def counts_tokens(self) -> bool:
