@@ -100,14 +100,12 @@ class KFACComputer(Looking):
                 f"mc_samples={mc_samples} has no meaning for the Fisher type "
                 f"{str(self.fisher_type)!r}: use fisher_type='mc', or leave mc_samples at 1."
             )
-        if num_per_example_loss_terms is not None and num_per_example_loss_terms < 1:
-            raise ValueError(
-                f"num_per_example_loss_terms must be positive, got {num_per_example_loss_terms}."
+        if num_per_example_loss_terms is not None:
+            num_per_example_loss_terms = as_integer(
+                "num_per_example_loss_terms", num_per_example_loss_terms, 1
             )
         if loss_terms not in ("signs", "exact"):
             raise ValueError(f"loss_terms must be 'signs' or 'exact', got {loss_terms!r}.")
-        if max_factor_size < 1:
-            raise ValueError(f"max_factor_size must be positive, got {max_factor_size}.")
         if not 0 <= worker_fraction <= 1:
             raise ValueError(f"worker_fraction must be between 0 and 1, got {worker_fraction}.")
         self.worker_fraction = float(worker_fraction)
@@ -120,7 +118,7 @@ class KFACComputer(Looking):
         self.check_deterministic = check_deterministic
         self.mc_samples = mc_samples
         self.loss_terms = loss_terms
-        self.max_factor_size = max_factor_size
+        self.max_factor_size = as_integer("max_factor_size", max_factor_size, 1)
         self._num_per_example_loss_terms = num_per_example_loss_terms
         self._random = RandomSource(seed)
         self._check_options()

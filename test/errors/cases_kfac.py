@@ -98,12 +98,17 @@ cases(
 )
 cases(
     ValueError,
-    "got 0",
-    "num_per_example_loss_terms must be positive",
-    lambda: build(num_per_example_loss_terms=0),
+    "got 1.0",
+    "num_per_example_loss_terms must be an integer, at least 1",
+    lambda: build(num_per_example_loss_terms=1.0),
 )
 cases(ValueError, "got 'none'", "must be 'signs' or 'exact'", lambda: build(loss_terms="none"))
-cases(ValueError, "got 0", "max_factor_size must be positive", lambda: build(max_factor_size=0))
+cases(
+    ValueError,
+    "got 2.5",
+    "max_factor_size must be an integer, at least 1",
+    lambda: build(max_factor_size=2.5),
+)
 cases(
     ValueError, "got 2", "worker_fraction must be between 0 and 1", lambda: build(worker_fraction=2)
 )
