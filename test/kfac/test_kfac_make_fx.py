@@ -31,8 +31,10 @@ from curvlinops.computers.ekfac_make_fx import (
     make_compute_ekfac_eigencorrection_batch,
 )
 from curvlinops.computers.flat_function import flat_function
+from curvlinops.computers.hooks import HooksCollector
 from curvlinops.computers.kfac_hooks import HooksKFACComputer
 from curvlinops.computers.kfac_make_fx import MakeFxKFACComputer, make_compute_kfac_batch
+from curvlinops.computers.make_fx import MakeFxCollector
 from curvlinops.computers.tracing import trace_model
 
 # PyTorch's own remarks about an even kernel with padding "same", and about its compiler
@@ -223,6 +225,41 @@ def test_operators(cls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = setup("cnn", "ce").kwargs(check_deterministic=True)
     expected = cls(**arguments).to_dense()
     assert_equal({"": cls(**arguments, backend="make_fx").to_dense()}, {"": expected})
+
+
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+@pytest.mark.parametrize("cls", [KFACLinearOperator, EKFACLinearOperator, KFOCLinearOperator])
+def test_neither_backend_calls_the_other(
+    cls: Any, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the comparisons above would compare a backend with itself."""
+    used: set[tuple[str, str]] = set()
+    entrances = {
+        "hooks": [(HooksCollector, "listening"), (HooksCollector, "backward")],
+        "make_fx": [
+            (kfac_make_fx, "trace_model"),
+            (MakeFxCollector, "forward"),
+            (MakeFxCollector, "backward"),
+        ],
+    }
+    for owner, pairs in entrances.items():
+        for place, name in pairs:
+            monkeypatch.setattr(place, name, noting(used, (owner, name), getattr(place, name)))
+    expected = {(backend, name) for _, name in entrances[backend]}
+    for name in ("embedding", "gpt", "resnet"):
+        cls(**layer_setup(name).kwargs(), fisher_type="type-2", backend=backend)
+        assert used == expected
+        used.clear()
+
+
+def noting(used: set[Any], name: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that adds a name to a set, and calls another one."""
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        used.add(name)
+        return function(*args, **kwargs)
+
+    return noted
 
 
 # ---- models that are no modules ------------------------------------------------------------------
