@@ -48,10 +48,12 @@ class EKFACLinearOperator(KFACLinearOperator):
     several loss terms need a second evaluation, and ``memory_budget`` leaves no room for this. All
     arguments are those of :class:`~curvlinops.KFACLinearOperator`.
 
-    Memory of the second pass: besides the basis and the eigenvalues, the inputs of the layers of
-    one batch in weight-sharing format are reachable, and at most about 2²⁰ numbers of gradients of
-    single examples of a layer (or those of one example, where they are more). In the first pass,
-    besides KFAC's, there are the 64 MiB at most.
+    Memory of the second pass: besides the basis, the eigenvalues and what a gradient takes, there
+    are at most one more copy of the inputs and output gradients of all layers for one batch, in
+    weight-sharing format, and about 2²⁰ numbers of gradients of single examples of a layer (or
+    those of one example, where they are more). Before it, the largest factor is decomposed: three
+    copies of it, besides all factors and the basis. In the first pass, besides KFAC's, there are
+    the 64 MiB at most.
 
     Raises:
         ValueError: If ``fisher_type="forward-only"``, which has no gradients.

@@ -12,7 +12,8 @@ import torch
 from memory_meter import peak_memory
 from torch import Tensor, nn
 
-from curvlinops import KFACLinearOperator
+from curvlinops import EKFACLinearOperator, KFACLinearOperator
+from curvlinops.computers.recorder import Recorder
 
 Data = list[tuple[Tensor, Tensor]]
 LOSS = nn.CrossEntropyLoss()
@@ -137,8 +138,8 @@ def factor_bytes(K: KFACLinearOperator) -> int:
     )
 
 
-def largest_layer_bytes(problem: Problem) -> tuple[int, int]:
-    """Return the size of the largest unfolded input [n, S, d_in], and output [n, S, d_out]."""
+def layer_bytes(problem: Problem) -> tuple[list[int], list[int]]:
+    """Return the sizes of the unfolded inputs [n, S, d_in], and of the outputs [n, S, d_out]."""
     inputs, outputs = [], []
 
     def hook(module: Any, args: tuple[Tensor], output: Tensor) -> None:
@@ -152,7 +153,7 @@ def largest_layer_bytes(problem: Problem) -> tuple[int, int]:
         problem.model(problem.data[0][0])
     for handle in handles:
         handle.remove()
-    return max(inputs), max(outputs)
+    return inputs, outputs
 
 
 #: For small tensors that have no name in the bound: loss vectors, one example looked at, ...
@@ -175,5 +176,72 @@ def test_peak(make: Callable[[], Problem], fisher_type: str, backend: str):
     K = kfac(problem, fisher_type, backend)  # what is made once in a process
     peak = peak_memory(lambda: kfac(problem, fisher_type, backend))
     terms = {"gradient": peak_memory(lambda: gradient(problem)), "factors": factor_bytes(K)}
-    terms["input"], terms["output"] = largest_layer_bytes(problem)
+    terms["input"], terms["output"] = map(max, layer_bytes(problem))
     assert peak <= SLACK * sum(terms.values()), (peak, terms)
+
+
+# ---- EKFAC ---------------------------------------------------------------------------------------
+def ekfac(problem: Problem, backend: str) -> EKFACLinearOperator:
+    return EKFACLinearOperator(
+        problem.model,
+        LOSS,
+        dict(problem.model.named_parameters()),
+        problem.data,
+        mc_samples=2,  # with several vectors, more is held from one to the next
+        separate_weight_and_bias=False,
+        backend=backend,
+    )
+
+
+def many_rows() -> Problem:
+    """One position; inputs and output gradients of layers are much larger than 2²⁰ numbers."""
+    return mlp([64] * 12, 4096)
+
+
+def many_tokens() -> Problem:
+    """Several positions; gradients of all single examples are larger than 2²⁰ numbers."""
+    data = [tuple(torch.randint(CLASSES, (2, 192, 8))) for _ in range(BATCHES)]
+    return Problem(Transformer(64, 1), data)
+
+
+@pytest.mark.parametrize(
+    ("make", "room", "backend"),
+    [
+        (linear, 0, "hooks"),
+        (many_rows, 0, "make_fx"),
+        (many_rows, 2**22, "hooks"),
+        (many_tokens, 0, "hooks"),
+    ],
+)
+def test_peak_of_ekfac(
+    make: Callable[[], Problem], room: int, backend: str, monkeypatch: pytest.MonkeyPatch
+):
+    """At most what the class says: the largest of both passes, and of what is in between.
+
+    - The first pass: KFAC's bound, see above.
+    - The decomposition: factors, basis and eigenvalues, and three copies of the largest factor.
+    - The second pass: gradient + basis and eigenvalues + all layers' unfolded inputs and output
+      gradients + 2²⁰ numbers. (No layer has a gradient of one example that is larger.)
+
+    Besides, there is the room for the events of the first pass, of which there are more.
+    """
+    monkeypatch.setattr(Recorder, "_BYTES", room)
+    problem = make()
+    E = ekfac(problem, backend)  # what is made once in a process
+    peak = peak_memory(lambda: ekfac(problem, backend))
+    grad, factors = peak_memory(lambda: gradient(problem)), factor_bytes(kfac(problem, "mc"))
+    inputs, outputs = layer_bytes(problem)
+    blocks = [E.block(next(iter(group.values()))) for group in E.mapping]
+    basis = 4 * sum(block.eigenvalues.numel() for block in blocks) + factor_bytes(E)
+    largest = max(4 * size**2 for block in blocks for size in sizes_of_matrices(block))
+    bounds = {
+        "first": grad + factors + max(inputs) + max(outputs),
+        "between": factors + basis + 3 * largest,
+        "second": grad + basis + sum(inputs) + sum(outputs) + 4 * 2**20,
+    }
+    assert peak <= SLACK * max(bounds.values()) + room, (peak, bounds)
+
+
+def sizes_of_matrices(block: Any) -> list[int]:
+    """Return the widths of a block's factors that are matrices."""
+    return [len(Q) for Q in block.eigenvectors if isinstance(Q, Tensor)]
