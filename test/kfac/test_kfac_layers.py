@@ -124,13 +124,22 @@ def test_closed_forms(name: str, joint: bool, cls: Any) -> None:
     A = build(cls, name, joint, "expand", "type-2")
     dense = A.to_dense()
     damping = 0.1
-    expected = torch.linalg.inv(dense + damping * torch.eye(len(dense), dtype=torch.float64))
+    shifted = dense + damping * torch.eye(len(dense), dtype=torch.float64)
+    expected = torch.linalg.inv(shifted)
     # KFAC's exact damping is that of the whole block
     options = {"use_exact_damping": True} if cls is KFACLinearOperator else {}
     assert_close(A.inverse(damping=damping, **options).to_dense(), expected)
     assert_close(A.trace(), dense.trace())
     assert_close(A.diagonal(), dense.diagonal())
     assert_close(A.frobenius_norm(), dense.norm())
+    # A itself may be singular
+    damped = A + damping * A**0
+    sign, logabsdet = torch.linalg.slogdet(shifted)
+    assert_close(damped.logdet(), logabsdet)
+    assert_close(damped.det(), sign * logabsdet.exp())
+    assert_close(A.inverse(damping=damping, **options).logdet(), -logabsdet)
+    inverse = A.inverse(damping=damping)  # KFAC's damps each factor
+    assert_close(inverse.logdet(), torch.linalg.slogdet(inverse.to_dense()).logabsdet)
 
 
 @pytest.mark.parametrize("joint", [False, True])
