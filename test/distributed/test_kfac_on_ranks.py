@@ -490,6 +490,54 @@ def test_fsdp(two: Ranks) -> None:
     two.stop()  # the sharded parameters' hooks stay in the process
 
 
+class Chosen(nn.Module):
+    """Tokens whose first feature is positive go through a hidden layer; the first axis may be T."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.head = nn.Linear(3, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = (x[..., 0] > 0).flatten().nonzero()[:, 0]
+        h = x.flatten(0, 1)
+        h = h.index_add(0, keep, torch.tanh(self.hidden(h[keep])))
+        return self.head(h.unflatten(0, x.shape[:2]).cumsum(0).sum(0))
+
+
+def check_fsdp_looks() -> None:
+    """The ranks' examples are in other places, and can be cut on one of the ranks only."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = Chosen().double()
+    data = [(torch.randn(3, n, 3).double(), torch.arange(n) % 2) for n in (3, 2, 2, 3)]
+    data[0][0][..., 0] = data[1][0][..., 0] = 1.0  # as many tokens of each example
+    arguments = {"batch_size_fn": lambda x: x.shape[1], "fisher_type": "type-2"}
+    loss = nn.CrossEntropyLoss()
+    K = KFACLinearOperator(model, loss, dict(model.named_parameters()), data, **arguments)
+    expected = K.to_dense()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for unit in (model.hidden, model):
+        fully_shard(unit, mesh=mesh)
+    params = dict(model.named_parameters())
+    arguments["process_group"] = dist.group.WORLD
+    K = KFACLinearOperator(model, loss, params, part(data, [2]), **arguments)
+    same(K.to_dense(), expected)
+    with pytest.raises(NotImplementedError, match=r"'hidden.weight' \(its layer's examples"):
+        KFACLinearOperator(model, loss, params, part(data, [2]), kfac_approx="reduce", **arguments)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"),
+    reason="this PyTorch's fully_shard does not run on the CPU, as that of PyTorch 2.6",
+)
+def test_fsdp_looks(two: Ranks) -> None:
+    """Catches: ranks that evaluate the model more often than others, or raise alone."""
+    two(check_fsdp_looks)
+    two.stop()
+
+
 def check_computer() -> None:
     """Computers give the factors of all data on each rank, or on the one that holds them."""
     case = network()
