@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from curvlinops.computers.callers import called_by
 from curvlinops.computers.containers import flattened, refilled
@@ -68,14 +69,14 @@ def trace_model(
         >>> [str(node.target) for node in trace.graph.graph.nodes if node.op == "call_function"]
         ['aten.numpy_T.default', 'aten.matmul.default']
     """
-    guard = _Guard()
+    guard, inner = _Guard(), _InnerOperations()
     names = list(params)
     hidden = False
 
     def forward(*tensors: Tensor) -> Tensor:
         nonlocal hidden
         given = dict(zip(names, tensors[: len(names)], strict=True))
-        with guard:
+        with guard, inner:
             prediction = predict(given, refilled(X, tensors[len(names) :]))
         derivatives = _derivatives(prediction)
         _refuse_custom_functions(derivatives)
@@ -90,8 +91,11 @@ def trace_model(
             forward, tracing_mode="real", pre_dispatch=True, _error_on_data_dependent_ops=False
         )
         graph = tracer(*tensors)
-    reusable = not guard.reads_entries and not any(map(reads_entries, graph.graph.nodes))
-    return Trace(graph, reusable, hidden)
+    reads = guard.reads_entries or inner.read_entries or any(map(reads_entries, graph.graph.nodes))
+    # as_subclass, for one, returns a tensor that the trace takes for a constant
+    inputs = Parameters({str(i): x for i, x in enumerate(tensors[len(names) :])})
+    reads |= bool(inputs.involved(_constants(graph)))
+    return Trace(graph, not reads, hidden)
 
 
 def refuse_fixed(trace: Trace, params: dict[str, Tensor]) -> None:
@@ -107,13 +111,18 @@ def refuse_fixed(trace: Trace, params: dict[str, Tensor]) -> None:
     """
     if not trace.reusable:
         raise NotImplementedError(READS_ENTRIES)
-    nodes = [node for node in trace.graph.graph.nodes if node.op == "get_attr"]
-    fixed = Parameters(params).involved([getattr(trace.graph, str(node.target)) for node in nodes])
+    fixed = Parameters(params).involved(_constants(trace.graph))
     if fixed:
         raise NotImplementedError(
             f"The model reads the parameters {sorted(fixed)} elsewhere than from those it is given."
             " Use an operator with backend='hooks', or leave them out of params."
         )
+
+
+def _constants(graph: GraphModule) -> list[Any]:
+    """Return the constants of a traced graph."""
+    nodes = [node for node in graph.graph.nodes if node.op == "get_attr"]
+    return [getattr(graph, str(node.target)) for node in nodes]
 
 
 def _cloned(x: Tensor) -> Tensor:
@@ -145,19 +154,59 @@ def reads_entries(node: Node) -> bool:
     Args:
         node: A node of a traced graph.
     """
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
+    func = node.target
+    return isinstance(func, torch._ops.OpOverload) and _reads_entries(func, node.args)
+
+
+def _reads_entries(func: torch._ops.OpOverload, args: Any) -> bool:
+    """Return whether a number or a shape that an operation returns depends on entries."""
+    if func is aten.index.Tensor:
+        return any(_is_mask(x) for x in args[1] if x is not None)
     tags = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-    if any(tag in node.target.tags for tag in tags) or node.target is aten.item.default:
-        return node.target is not aten.index.Tensor or _has_mask(node)
-    return node.target is aten.index.Tensor and _has_mask(node)
+    return any(tag in func.tags for tag in tags) or func in _UNTAGGED
 
 
-def _has_mask(node: Node) -> bool:
-    """Return whether an indexing operation selects the places where a mask is true."""
-    indices = [x for x in node.args[1] if isinstance(x, Node)]  # type: ignore[union-attr]
-    described = [x.meta.get("val") for x in indices]
-    return any(val is None or val.dtype in (torch.bool, torch.uint8) for val in described)
+#: Operations that lack these tags, and read entries where no other operation shows it.
+_UNTAGGED = {
+    # lengths of sequences
+    aten._pack_padded_sequence.default,
+    aten.gru.data,
+    aten.lstm.data,
+    aten.rnn_relu.data,
+    aten.rnn_tanh.data,
+    # where entries are not zero, or are at the same place
+    aten._to_sparse.default,
+    aten._to_sparse.sparse_dim,
+    aten._to_sparse_bsc.default,
+    aten._to_sparse_bsr.default,
+    aten._to_sparse_csc.default,
+    aten._to_sparse_csr.default,
+    aten._coalesce.default,
+    aten._nested_tensor_from_mask.default,
+    # how integers stand for numbers
+    aten.q_scale.default,
+    aten.q_zero_point.default,
+}
+
+
+def _is_mask(index: Any) -> bool:
+    """Return whether an index selects the places where it is true."""
+    described = index.meta.get("val") if isinstance(index, Node) else index
+    return described is None or described.dtype in (torch.bool, torch.uint8)
+
+
+class _InnerOperations(TorchDispatchMode):
+    """Sees the operations that those in a trace are composed of, and whether they read entries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read_entries = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.read_entries |= _reads_entries(func, args)
+        return func(*args, **(kwargs or {}))
 
 
 #: The error for a trace that is right for some entries only.
@@ -182,6 +231,17 @@ _REFUSED = {
 }
 
 
+#: Functions that return entries of a tensor so that no operation shows it.
+_READING = ("tolist", "numpy", "__array__", "__dlpack__")
+#: Functions that do, if they are given tensors in a sequence.
+_MAKING = ("tensor", "as_tensor", "asarray", "new_tensor")
+
+
+def _made_of_tensors(*args: Any) -> bool:
+    """Return whether a tensor's entries are given as a sequence of tensors."""
+    return any(isinstance(x, Sequence) and bool(tensors_in([x])) for x in args)
+
+
 class _Guard(TorchFunctionMode):
     """Sees the functions that a model calls; puts into the trace, or refuses, what it misses."""
 
@@ -202,7 +262,7 @@ class _Guard(TorchFunctionMode):
             return args[0].detach()  # the same, but traced
         if func is torch.autograd.grad:
             return self._differentiate(args, kwargs)
-        self.reads_entries |= name in ("tolist", "numpy", "__array__")
+        self.reads_entries |= name in _READING or (name in _MAKING and _made_of_tensors(*args))
         if name == "register_hook" and called_by(torch.utils.module_tracker):
             return func(*args, **kwargs)  # that of a tool, which counts operations: it only listens
         if name in _REFUSED or (getattr(owner, "__name__", "") == "data" and name == "__set__"):

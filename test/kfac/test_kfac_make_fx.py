@@ -352,6 +352,90 @@ def test_branches_differ() -> None:
     assert sums == [False, True] or sums == [True, False]
 
 
+#: Numbers of rows, or numbers, that depend on entries, of ``x`` with rows of both signs.
+READERS: dict[str, Callable[[Tensor], Any]] = {
+    "where": lambda x: len(torch.where(x > 0)[0]),
+    "nonzero": lambda x: len((x > 0).nonzero()),
+    "nonzero as tuple": lambda x: len((x > 0).nonzero(as_tuple=True)[0]),
+    "argwhere": lambda x: len(torch.argwhere(x > 0)),
+    "mask": lambda x: len(x[x > 0]),
+    "masked_select": lambda x: len(x.masked_select(x > 0)),
+    "unique": lambda x: len(torch.unique(x > 0, dim=0)),
+    "unique_consecutive": lambda x: len(torch.unique_consecutive(x > 0)),
+    "bincount": lambda x: len(torch.bincount((x > 0).sum(0))),
+    "one_hot": lambda x: F.one_hot((x > 0).sum(0)).shape[-1],
+    "combinations": lambda x: len(torch.combinations(x[x > 0])),
+    "repeat_interleave": lambda x: len(torch.repeat_interleave((x[:, 0] > 0).long())),
+    "repeat_interleave of rows": lambda x: len(x.repeat_interleave((x[:, 0] > 0).long(), 0)),
+    "tensor_split": lambda x: len(x.tensor_split((x[:, 0] > 0).sum().cpu())[0]),
+    "tensor_split at several": lambda x: len(x.tensor_split((x > 0).sum(0))[0]),
+    "pack_padded_sequence": lambda x: len(
+        nn.utils.rnn.pack_padded_sequence(
+            x.unsqueeze(-1), 1 + (x > 0).sum(1), batch_first=True, enforce_sorted=False
+        ).data
+    ),
+    "unpad_sequence": lambda x: len(nn.utils.rnn.unpad_sequence(x, (x > 0).sum(1), True)[0]),
+    "to_sparse": lambda x: x.clamp(min=0).to_sparse()._nnz(),
+    "coalesce": lambda x: (
+        torch.sparse_coo_tensor((x[:, :1].T > 0).long(), x[:, 0], check_invariants=False)
+        .coalesce()
+        ._nnz()
+    ),
+    "split": lambda x: len(x.split([int((x[:, 0] > 0).sum()), int((x[:, 0] <= 0).sum())])[0]),
+    "if": lambda x: 2 if (x > 0).sum() > 4 else 1,
+    "equal": lambda x: 2 if torch.equal(x[0], x[0].abs()) else 1,
+    "allclose": lambda x: 2 if torch.allclose(x[0], x[0].abs()) else 1,
+    "in": lambda x: 2 if 3 in (x > 0).sum(1) else 1,
+    "item": lambda x: x.sum().item(),
+    "tolist": lambda x: sum(x[0].tolist()),
+    "numpy": lambda x: float(x.detach().numpy().sum()),
+    "dlpack": lambda x: torch.from_dlpack(x.detach()).sum(),
+    "tensor of tensors": lambda x: torch.tensor([row.sum() for row in x]).sum(),
+    "as_subclass": lambda x: x.as_subclass(Tensor).sum(),
+    "Parameter": lambda x: nn.Parameter(x).sum().detach(),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_numbers_that_depend_on_entries(name: str) -> None:
+    """A trace is that of another batch of the same shape only if it has the same numbers."""
+
+    def function(m: Any, x: Tensor) -> Tensor:
+        return m.b(torch.tanh(m.a(x)) * READERS[name](x))
+
+    problem = problem_of(Two(function), sizes=(3, 3))
+    signs = [[1.0, 1, 1], [1, 1, 1], [1, -1, 1]], [[1.0, 1, -1], [-1, 1, 1], [-1, -1, -1]]
+    for (X, _), entries in zip(problem.data, signs, strict=True):
+        X.mul_(torch.tensor(entries))
+    first, second = (READERS[name](X) for X, _ in problem.data)
+    assert first != second
+    compare(problem, fisher_type="type-2")
+
+
+class Experts(nn.Module):
+    """A mixture of experts: each gets the examples of one sign, if there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = torch.zeros_like(x)
+        for k, expert in enumerate(self.experts):
+            rows = torch.where((x[:, 0] > 0) == bool(k))[0]
+            if len(rows):
+                result = result.index_add(0, rows, expert(x[rows]))
+        return result[:, :2]
+
+
+def test_experts_that_are_not_called() -> None:
+    problem = problem_of(Experts(), sizes=(3, 3))
+    problem.data[1][0].neg_()
+    compare(problem, fisher_type="type-2")
+    with pytest.raises(NotImplementedError, match="depend on the entries"):
+        make_compute_kfac_batch(problem.model, problem.loss, problem.params, *problem.data[0])
+
+
 def inference(m: Any, x: Tensor) -> Tensor:
     with torch.inference_mode():
         h = m.a(3 * x)
