@@ -111,6 +111,10 @@ class HooksCollector:
         self.calls[usage] = index + 1
         if self._arrangements.refuses(usage, index):
             return output
+        if not output.numel():  # a call for no rows adds nothing
+            if self._on_call is not None:
+                self._on_call(usage, index, x.detach())
+            return output
         n, form = self._n, usage.format
         with torch.no_grad(), _unseen():
             x = x.detach()

@@ -117,6 +117,10 @@ class MakeFxCollector:
         self.calls[usage] = index + 1
         if self._arrangements.refuses(usage, index):
             return output
+        if not output.numel():  # a call for no rows adds nothing
+            if self._on_call is not None:
+                self._on_call(usage, index, x.detach())
+            return output
         n, form = self._n, usage.format
         where = self._arrangements.of(usage, index, x.detach(), n)
         number = where.number(n)

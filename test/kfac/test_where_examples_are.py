@@ -1475,3 +1475,46 @@ def test_the_fast_path_after_an_error(operator: Any):
     with pytest.raises(ValueError, match="No prediction"):
         operator(model, LOSS, dict(model.named_parameters()), labeled(torch.randn(3, 3)))
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Halves(nn.Module):
+    """Two layers get the tokens of a sign each, if there are any, or also if there are none."""
+
+    def __init__(self, called: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.called = called
+
+    def forward(self, x: Tensor) -> Tensor:
+        result = torch.zeros_like(x)
+        for k, layer in enumerate((self.a, self.b)):
+            where = ((x[..., 0] > 0) == bool(k)).nonzero(as_tuple=True)
+            if self.called or len(where[0]):
+                result = result.index_put(where, layer(x[where]))
+        return result.mean(1)
+
+
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("cls", [KFACLinearOperator, EKFACLinearOperator, KFOCLinearOperator])
+def test_calls_for_no_rows(cls: Any, approx: str, backend: str) -> None:
+    """They add nothing: the same as if there were none."""
+    torch.manual_seed(1)
+    X = torch.randn(3, 5, 3).double()
+    X[0].abs_()
+    data = list(zip(X.split(1), torch.randn(3, 1, 3).double(), strict=True))
+    options = {"fisher_type": "type-2", "backend": backend}
+    if cls is not KFOCLinearOperator:
+        options["kfac_approx"] = approx
+    found = []
+    for called in (True, False):
+        model = Halves(called).double()
+        K = cls(model, nn.MSELoss(), dict(model.named_parameters()), data, **options)
+        found.append(
+            torch.block_diag(
+                *(K.block(n).to_dense() for n in sorted(dict(model.named_parameters())))
+            )
+        )
+    assert found[1].abs().max() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
