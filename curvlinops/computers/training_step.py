@@ -85,6 +85,7 @@ class TrainingStep:
         try:
             yield
         finally:
+            listening.close()  # PyTorch calls no hook after a KeyboardInterrupt
             for handle in handles:
                 handle.remove()
         if not collector.calls:
