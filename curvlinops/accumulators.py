@@ -198,8 +198,10 @@ class EKFACAccumulator(Accumulator[EigenvalueStatistic]):
     def _parts(
         self, sums: EigenvalueStatistic, scale: Tensor | float, diagonals: Any
     ) -> dict[Key, list[Any]]:
+        complete = self._new_sums()  # also of layers that were not called in any batch
+        complete.merge(sums)
         result: dict[Key, list[Any]] = self._computer.decomposition_of(
-            sums, self._bases, scale, diagonals
+            complete, self._bases, scale, diagonals
         )
         return result
 
@@ -218,5 +220,6 @@ class EKFACAccumulator(Accumulator[EigenvalueStatistic]):
         device = self._computer.risk.device
         saved = {tuple(key): totals for key, totals in code}
         for plan, totals in sums.totals():
-            totals[:] = [None if t is None else t.to(device, copy=True) for t in saved[plan.key]]
+            loaded = saved.get(plan.key, totals)
+            totals[:] = [None if t is None else t.to(device, copy=True) for t in loaded]
         return sums

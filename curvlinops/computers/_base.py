@@ -295,7 +295,9 @@ class KFACComputer(Looking):
             while self._outdated:  # the batch may show that other parameters have factors
                 self._outdated, self._recording = False, True
                 statistic, counter = make(), TermCounter(first_term)
-                normalizer = self._visit(statistic, batch, counter, signs)
+                known = set(self._usages)  # other ones have no place in the statistic yet
+                normalizer = self._visit(Selected(statistic, known), batch, counter, signs)
+                self._outdated |= len(self._usages) > len(known)
             result.append((statistic, Increment(batch.n, counter.position, normalizer)))
 
         self.risk.visit((X, y), visit)

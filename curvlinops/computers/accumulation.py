@@ -195,10 +195,9 @@ class Accumulator(Generic[S]):
             normalizer = normalizer / n
             diagonals = {k: d / n if mean else d for k, d in diagonals.items()}
             self._fade(self.decay)
-        if self._sums is None:
-            self._sums = sums
-        else:
-            self._sums.merge(sums)
+        if self._sums is not None:
+            sums.merge(self._sums)  # of batches in which layers may not have been called
+        self._sums = sums
         for name, d in diagonals.items():
             self._diagonals[name] = self._diagonals[name] + d if name in self._diagonals else d
         self._normalizer = self._normalizer + normalizer
@@ -251,7 +250,9 @@ class Accumulator(Generic[S]):
         sums, normalizer, weight, raw = self._sums, self._normalizer, self._weight, self._diagonals
         if not collective.alone:
             self._check_ranks()
-            sums = self._new_sums() if sums is None else copy.deepcopy(sums)
+            sums, own_sums = self._new_sums(), sums
+            if own_sums is not None:
+                sums.merge(copy.deepcopy(own_sums))
             self._add_over_ranks(sums)
             weight = max(collective.gather(weight))
             zeros = {n: torch.zeros_like(computer.risk.params[n]) for n in computer.diagonal}
@@ -326,9 +327,11 @@ class Accumulator(Generic[S]):
                 "params."
             )
         self._computer.know(other._computer.usages, other._computer.diagonal)
-        if self._sums is None:
-            self._sums = self._new_sums()
-        self._sums.merge(copy.deepcopy(other._sums))
+        sums = self._new_sums()
+        if self._sums is not None:
+            sums.merge(self._sums)
+        sums.merge(copy.deepcopy(other._sums))
+        self._sums = sums
         for name, d in other._diagonals.items():
             self._diagonals[name] = self._diagonals[name] + d if name in self._diagonals else d
         self._normalizer = self._normalizer + other._normalizer

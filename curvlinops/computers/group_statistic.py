@@ -208,11 +208,12 @@ class GroupStatistic(Generic[G]):
 
     # ---- sums of several passes ------------------------------------------------------------------
     def merge(self, other: GroupStatistic[G]) -> None:
-        """Add what another statistic of the same groups gathered; it must not be used any more."""
-        for group, others in zip(self._groups, other._groups, strict=True):
+        """Add what another statistic of some of these groups gathered; it must not be used then."""
+        groups = {group.plan.key: group for group in self._groups}
+        for others in other._groups:
             for block, total in enumerate(others.totals):
                 if total is not None:
-                    group.add(block, total)
+                    groups[others.plan.key].add(block, total)
 
     def scale(self, inputs: float, gradients: float) -> None:
         """Multiply the sums of products of gradients, which all of them are."""

@@ -13,7 +13,9 @@ from curvlinops.computers._base import Increment, KFACComputer, Statistic
 from curvlinops.computers.events import Sums
 from curvlinops.computers.hooks import HooksCollector
 from curvlinops.computers.hooks_looking import HooksLooking
+from curvlinops.computers.listeners import Selected
 from curvlinops.computers.training_step import TrainingStep
+from curvlinops.computers.usages import Usage
 from curvlinops.computers.vectors import check_terms
 from curvlinops.risk import Batch
 
@@ -75,7 +77,9 @@ class HooksKFACComputer(HooksLooking, KFACComputer):
 
         def on_prediction(output: Any, collector: HooksCollector) -> None:
             known = set(self.diagonal)
+            new = [usage for usage in collector.calls if usage not in self._usages]
             self._note(collector.calls, {**collector.other_uses, **self._scripted})
+            self._refuse_unseen(new)
             self._refuse_unknown()
             if set(self.diagonal) != known:
                 raise RuntimeError(
@@ -97,9 +101,24 @@ class HooksKFACComputer(HooksLooking, KFACComputer):
         step = TrainingStep(
             module, params, self._arrangements, batch.n, on_prediction, not self.risk.sharded
         )
-        with step.listening(self._precise(statistic)):
-            yield found
+        try:
+            with step.listening(self._precise(Selected(statistic, set(self._usages)))):
+                yield found
+        except BaseException:
+            self._seen.clear()  # not all calls were seen
+            self._arrangements.forget()
+            raise
         (normalizer,) = normalizers
         factor = normalizer if self.risk.reduction == "mean" else 1.0
         statistic.scale(1.0, float(factor / loss_scale) ** 2)
         found.append((statistic, Increment(batch.n, 0, normalizer)))
+
+    def _refuse_unseen(self, new: list[Usage]) -> None:
+        """Raise if calls would have to be looked at, and the pass repeated."""
+        shared = [usage for usage, _ in self._arrangements.unverified()]
+        if self._arrangements.seek() or new or shared:
+            layer = (*new, *shared)[0].label if new or shared else "A layer"
+            raise RuntimeError(
+                f"{layer} is called in a way that was not seen for the examples that were looked "
+                "at, and a training step cannot be repeated: use update(X, y) for this batch."
+            )

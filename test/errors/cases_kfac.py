@@ -541,6 +541,15 @@ def other_use() -> None:
         MSE(model(X), Y).backward()
 
 
+@cases(RuntimeError, "'b.weight' .*is called in a way that was not seen", r"use update\(X, y\)")
+def unseen() -> None:
+    """Observe a step that calls a layer for the first time."""
+    model = Uses(lambda m, x: m.b(m.a(x)) if m.calls > 2 else m.a(x))
+    with kfac_accumulator(model, **EMPIRICAL).observe(X, Y):
+        model.calls = 2
+        MSE(model(X), Y).backward()
+
+
 TOKENS = torch.rand(4, 3, 2)
 
 

@@ -16,6 +16,7 @@ import torch
 from kfac_cases import BY_NAME, setup
 from kfac_reference import Setup
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
 from torch.utils.flop_counter import FlopCounterMode
 
 from curvlinops import (
@@ -572,3 +573,100 @@ def test_basis_of_kfoc() -> None:
     K = KFOCLinearOperator(model, loss, params, data)
     accumulator = filled(EKFACAccumulator(model, loss, params, K), data)
     assert accumulator.to_operator().shape == K.shape
+
+
+# --------------------------------------------------------------------------------------------------
+# Layers that are called in later batches only
+# --------------------------------------------------------------------------------------------------
+class Growing(nn.Module):
+    """Adds an embedding of positions, the same for all examples, once it is wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs, self.outputs = nn.Linear(3, 4), nn.Linear(4, 3)
+        self.positions = nn.Embedding(4, 4)
+        self.wanted = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inputs(x)
+        if self.wanted:
+            h = h + self.positions(torch.arange(4))
+        return self.outputs(torch.relu(h).mean(1))
+
+
+def growing(cls: Any, approx: str) -> tuple[Growing, nn.Module, list[Any], Any]:
+    """Return a model, a loss, batches of which the first lacks a layer, and an accumulator."""
+    torch.manual_seed(0)
+    model, loss = Growing().double(), nn.CrossEntropyLoss()
+    params = dict(model.named_parameters())
+    data = [(torch.randn(n, 4, 3).double(), torch.randint(3, (n,))) for n in (4, 5, 3)]
+    options: dict[str, Any] = {"fisher_type": "empirical", "kfac_approx": approx}
+    basis = {}
+    if cls is EKFACAccumulator:
+        basis = {"basis": KFACLinearOperator(model, loss, params, data, **options)}
+    return model, loss, data, cls(model, loss, params, **basis, **options)
+
+
+def one_by_one(cls: Any, approx: str) -> Any:
+    """Return the operator of batches of one example, where nothing is to be told apart."""
+    model, _, data, accumulator = growing(cls, approx)
+    for i, (X, y) in enumerate(data):
+        model.wanted = i > 0
+        filled(accumulator, zip(X.split(1), y.split(1), strict=True))
+    return accumulator.to_operator()
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("cls", [KFACAccumulator, EKFACAccumulator])
+def test_layer_in_a_later_batch(cls: Any, approx: str) -> None:
+    model, _, data, accumulator = growing(cls, approx)
+    other = growing(cls, approx)[3]
+    for i, (X, y) in enumerate(data):
+        model.wanted = i > 0
+        accumulator.update(X, y)
+    expected = one_by_one(cls, approx)
+    assert_same(accumulator.to_operator(), expected)
+    other.merge(accumulator)
+    assert_same(other.to_operator(), expected)
+
+
+@pytest.mark.parametrize("approx", ["expand", "reduce"])
+@pytest.mark.parametrize("cls", [KFACAccumulator, EKFACAccumulator])
+def test_layer_in_a_later_step(cls: Any, approx: str) -> None:
+    """A step cannot be repeated; nothing of it was added, and an update does."""
+    model, loss, data, accumulator = growing(cls, approx)
+
+    def step(X: Tensor, y: Tensor) -> None:
+        with accumulator.observe(X, y):
+            loss(model(X), y).backward()
+
+    model.wanted = False
+    step(*data[0])
+    before = accumulator.to_operator().to_dense()
+    model.wanted = True
+    with pytest.raises(RuntimeError, match=r"'positions.weight' is called .* update\(X, y\)"):
+        step(*data[1])
+    after = accumulator.to_operator()
+    assert accumulator.num_updates == 1
+    assert torch.equal(after.to_dense()[: len(before), : len(before)], before)
+    loaded = growing(cls, approx)[3]
+    loaded.load_state_dict(saved(accumulator.state_dict()))
+    assert_same(loaded.to_operator(), after)
+    accumulator.update(*data[1])
+    step(*data[2])
+    assert_same(accumulator.to_operator(), one_by_one(cls, approx))
+
+
+def test_interrupted_step() -> None:
+    """PyTorch calls no hooks after a KeyboardInterrupt, and still nobody listens any more."""
+    model, loss, params, data = training()
+    accumulator = KFACAccumulator(model, loss, params, fisher_type="empirical")
+    X, y = data[0]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), accumulator.observe(X, y):  # noqa: PT012
+        model[3].register_forward_hook(interrupt)
+        model(X)
+    assert not _get_current_function_mode_stack()
