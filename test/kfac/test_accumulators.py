@@ -666,7 +666,8 @@ def test_interrupted_step() -> None:
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), accumulator.observe(X, y):  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt) as error, accumulator.observe(X, y):  # noqa: PT012
         model[3].register_forward_hook(interrupt)
         model(X)
     assert not _get_current_function_mode_stack()
+    assert error.tb is not None  # holds what the step held
