@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from curvlinops import _tensors
 from curvlinops.diag import DiagonalLinearOperator
@@ -21,6 +22,7 @@ def nearest_kronecker(
     terms: Sequence[tuple[Factor, Factor]],
     keep_diagonal: tuple[bool, bool] = (False, False),
     check_values: bool = True,
+    overwrite: bool = False,
 ) -> tuple[Factor, Factor]:
     r"""Return the Kronecker product nearest to a sum of Kronecker products.
 
@@ -60,6 +62,8 @@ def nearest_kronecker(
             the tensors' diagonals have no influence on it.
         check_values: Whether to read the entries, to raise if they are not what they must be.
             Without this check, of entries that are not finite some results are not finite, either.
+        overwrite: Whether the results may take the place of terms in memory. No two terms may share
+            it then, and none may be used afterwards.
 
     Returns:
         B and A: diagonal operators where this was asked for or all terms are diagonal, else
@@ -108,11 +112,16 @@ def nearest_kronecker(
     # not 0: it stays.)
     coefficients_B = torch.where(weights == 0, 0, ratio * b * scale / norms_B)
     coefficients_A = torch.where(weights == 0, 0, a / ratio * scale / norms_A)
-    return first.combine(coefficients_B), second.combine(coefficients_A)
+    B = first.combine(coefficients_B, overwrite)
+    return B, second.combine(coefficients_A, overwrite)
 
 
 class _Side:
-    """The first or the second factors of all terms, as tensors ``[d]`` or ``[d, d]``."""
+    """The first or the second factors of all terms, as tensors ``[d]`` or ``[d, d]``.
+
+    Matrices are multiplied and added a few rows at a time: copies would be several times as large
+    as the result.
+    """
 
     def __init__(self, factors: list[Factor], index: int, keep_diagonal: bool):
         self.name = f"{('first', 'second')[index]} factors"
@@ -125,16 +134,25 @@ class _Side:
                     f"The {self.name} must share their {what}, got {', '.join(map(str, values))}."
                 )
         self.diagonal = keep_diagonal or not any(isinstance(f, Tensor) for f in factors)
-        self.tensors = [f.diagonal() if self.diagonal else _dense(f) for f in factors]
-        self.dtype, self.device = self.tensors[0].dtype, self.tensors[0].device
+        self.diagonals = [f.diagonal() for f in factors]
+        #: The terms that are no diagonals, by their number.
+        self.matrices = {
+            k: factor
+            for k, factor in enumerate(factors)
+            if isinstance(factor, Tensor) and not self.diagonal
+        }
+        self.dtype, self.device = self.diagonals[0].dtype, self.diagonals[0].device
 
     def gram(self, check_values: bool) -> tuple[Tensor, Tensor]:
         """Return the cosines ``[K, K]`` between factors and their norms ``[K]``, in float64."""
-        rows = _tensors.widened(torch.stack([t.flatten() for t in self.tensors]))  # [K, N]
-        entries = rows.abs().amax(dim=1)
-        rows = rows / torch.where(entries > 0, entries, 1).unsqueeze(-1)  # lest squares overflow
-        with torch.autocast(rows.device.type, enabled=False):
-            gram = _double((rows.conj() @ rows.T).real)
+        # the largest entries of a semi-definite matrix are on its diagonal
+        diagonals = torch.stack(self.diagonals)
+        entries = _tensors.widened(diagonals).abs().amax(dim=1)
+        units = torch.where(entries > 0, entries, 1)  # lest squares overflow
+        gram = _products(diagonals, units)
+        for i, row in zip(self.matrices, self._matrix_products(units), strict=True):
+            for j, product in zip(self.matrices, row, strict=True):
+                gram[i, j] = product
         norms = gram.diagonal().sqrt()
         lengths = torch.where(norms > 0, norms, 1)
         cosines = gram / lengths.outer(lengths)
@@ -157,15 +175,54 @@ class _Side:
                 "them have a negative inner product."
             )
 
-    def combine(self, coefficients: Tensor) -> Factor:
+    def _matrix_products(self, units: Tensor) -> Tensor:
+        """Return the inner products of the matrices, in units of their own."""
+        matrices = self.matrices.values()
+        products = _double(units.new_zeros(len(matrices), len(matrices)))
+        units = units[list(self.matrices)]
+        for start, stop in self._slices():
+            rows = torch.stack([matrix[start:stop].flatten() for matrix in matrices])
+            products = products + _products(rows, units)
+        return products
+
+    def combine(self, coefficients: Tensor, overwrite: bool) -> Factor:
         """Return the factors' linear combination, with coefficients ``[K]``."""
-        result = _tensors.widened(torch.zeros_like(self.tensors[0]))
-        factors = coefficients.to(result.real.dtype).to(self.device)
+        like = _tensors.widened(self.diagonals[0])
+        factors = coefficients.to(like.real.dtype).to(self.device)
         # entry by entry in the same order: symmetric matrices have a symmetric sum
-        for factor, tensor in zip(factors, self.tensors, strict=True):
-            result += factor * tensor.to(result.dtype)
-        result = result.to(self.dtype)
-        return DiagonalLinearOperator([result]) if self.diagonal else result
+        total = torch.zeros_like(like)
+        for k, diagonal in enumerate(self.diagonals):
+            if k not in self.matrices:
+                total += factors[k] * diagonal.to(like.dtype)
+        if not self.matrices:
+            return DiagonalLinearOperator([total.to(self.dtype)])
+        (first, matrix), *others = self.matrices.items()
+        if overwrite and matrix.dtype == like.dtype:
+            result = matrix.mul_(factors[first])
+        else:
+            result = factors[first] * matrix.to(like.dtype)
+        for k, matrix in others:
+            for start, stop in self._slices():
+                result[start:stop] += factors[k] * matrix[start:stop].to(like.dtype)
+        result.diagonal().add_(total)
+        return result.to(self.dtype)
+
+    def _slices(self) -> list[tuple[int, int]]:
+        """Return which rows of matrices are multiplied at once."""
+        d = len(self.diagonals[0]) if self.matrices else 0
+        if torch.compiler.is_compiling() or get_proxy_mode() is not None:
+            step = -(-d // 8)  # traces are short
+        else:
+            step = (2**16 if self.device.type == "cpu" else 2**22) // max(d, 1)
+        step = max(step, 1)
+        return [(start, min(start + step, d)) for start in range(0, d, step)]
+
+
+def _products(rows: Tensor, units: Tensor) -> Tensor:
+    """Return the inner products ``[K, K]`` of rows ``[K, N]`` in units, in float64."""
+    rows = _tensors.widened(rows) / units.unsqueeze(-1)
+    with torch.autocast(rows.device.type, enabled=False):
+        return _double((rows.conj() @ rows.T).real)
 
 
 def _check_factor(factor: Factor, name: str) -> None:
@@ -179,11 +236,6 @@ def _check_factor(factor: Factor, name: str) -> None:
     if factor.ndim != 2 or factor.shape[0] != factor.shape[1]:
         raise ValueError(f"The {name} must be square matrices, got shape {list(factor.shape)}.")
     _tensors.check_floating(factor, "A Kronecker product")
-
-
-def _dense(factor: Factor) -> Tensor:
-    """Return a factor as a matrix ``[d, d]``."""
-    return factor if isinstance(factor, Tensor) else factor.diagonal().diag()
 
 
 def _double(tensor: Tensor) -> Tensor:
