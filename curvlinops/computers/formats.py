@@ -5,10 +5,10 @@ A format knows a layer's configuration, and nothing of modules, functions or gra
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einconv import index_pattern
@@ -17,13 +17,6 @@ from torch.nn import functional
 
 from curvlinops.computers.positions import Positions, Tokens, flat_rows, split_examples
 from curvlinops.kfac_utils import Layout
-
-_CONV_TRANSPOSE = (
-    None,
-    functional.conv_transpose1d,
-    functional.conv_transpose2d,
-    functional.conv_transpose3d,
-)
 
 
 @dataclass(frozen=True)
@@ -112,29 +105,64 @@ class ConvolutionFormat(Format):
         axes = list(zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True))
         num_pixels = prod((i - d * (k - 1) - 1) // s + 1 for i, k, s, d in axes)
 
-        def rows() -> Tensor:
-            return split_examples(_windows(x, axes), n, where)
+        def patterns() -> list[Tensor]:
+            options: Any = {"padding": 0, "dtype": x.dtype, "device": x.device}
+            return [
+                index_pattern(i, k, stride=s, dilation=d, **options).mean(1) for i, k, s, d in axes
+            ]
 
-        def parts() -> Iterator[Tensor]:
-            split_examples(x.new_empty(x.shape[0], num_pixels, 0), n, where)  # raises if it cannot
-            for images in x.split(_num_images(x, num_pixels * x.shape[1] * prod(self.kernel_size))):
-                yield flat_rows(_windows(images, axes))
+        def unfold(images: Tensor) -> Tensor:
+            return _windows(images, axes)
 
-        def mean() -> Tensor:
-            averaged = x
-            for i, k, s, d in axes:  # the first axis is contracted and its kernel axis appended
-                pattern = index_pattern(
-                    i, k, stride=s, padding=0, dilation=d, dtype=x.dtype, device=x.device
-                ).mean(1)  # [k, i]
-                averaged = torch.tensordot(averaged, pattern, dims=([2], [1]))
-            return split_examples(averaged.flatten(1).unsqueeze(1), n, where).mean(1)
-
-        num_positions = num_pixels * x.shape[0] // n
-        return Positions(num_positions, rows, mean, parts, sources=[x], layer=where)
+        kernel = prod(self.kernel_size)
+        return _patches(x, unfold, num_pixels, patterns, kernel, n, where)
 
     def gradients(self, gradient: Tensor, n: int, where: str) -> Tensor:
         """Return the gradients of the pixels of n examples."""
         return split_examples(_channels_last(gradient, len(self.kernel_size)), n, where)
+
+
+def _patches(
+    x: Tensor,
+    unfold: Callable[[Tensor], Tensor],
+    num_pixels: int,
+    patterns: Callable[[], Sequence[Tensor]],
+    kernel: int,
+    n: int,
+    where: str,
+    backwards: bool = False,
+) -> Positions:
+    """Return the patches of images ``[B, C, *I]`` of n examples as positions.
+
+    Args:
+        x: The images.
+        unfold: Returns the patches of some of them, ``[B, pixels, C * kernel]``.
+        num_pixels: Of the output of one.
+        patterns: Returns, for each axis, the weights of input pixels in the mean patch ``[k, i]``.
+        kernel: The number of entries of the kernel.
+        n: The number of examples.
+        where: What messages call the layer.
+        backwards: Whether the last pixel comes first in the patches.
+    """
+
+    def rows() -> Tensor:
+        patches = unfold(x).flip(1) if backwards else unfold(x)
+        return split_examples(patches, n, where)
+
+    def parts() -> Iterator[Tensor]:
+        split_examples(x.new_empty(x.shape[0], num_pixels, 0), n, where)  # raises if it cannot
+        entries = num_pixels * x.shape[1] * kernel
+        for images in x.split(_num_images(x, entries)):
+            yield flat_rows(unfold(images))
+
+    def mean() -> Tensor:
+        averaged = x
+        for pattern in patterns():  # the first axis is contracted and its kernel axis appended
+            averaged = torch.tensordot(averaged, pattern, dims=([2], [1]))
+        return split_examples(averaged.flatten(1).unsqueeze(1), n, where).mean(1)
+
+    num_positions = num_pixels * x.shape[0] // n
+    return Positions(num_positions, rows, mean, parts, sources=[x], layer=where)
 
 
 def _num_images(x: Tensor, entries: int) -> int:
@@ -166,8 +194,8 @@ def _windows(x: Tensor, axes: list[tuple[int, int, int, int]]) -> Tensor:
 class TransposedConvolutionFormat(Format):
     """The format of transposed convolutions: the positions are the output pixels.
 
-    An output pixel sees the input pixels that the kernel spreads to it: those are read off by a
-    transposed convolution with one-hot kernels.
+    An output pixel sees the input pixels that the kernel spreads to it: its patch is that of a
+    convolution with the kernel reversed, of an input with zeros between its pixels.
     """
 
     kernel_size: tuple[int, ...] = ()
@@ -202,30 +230,31 @@ class TransposedConvolutionFormat(Format):
         """Return what every output pixel of n examples sees."""
         if x.ndim == len(self.kernel_size) + 1:
             x = x.unsqueeze(0)
-        entries = prod(self.kernel_size)
-        axes = (self.stride, self.padding, self.output_padding, self.dilation)
-        sizes = [
-            (i - 1) * s - 2 * p + d * (k - 1) + o + 1
-            for i, k, s, p, o, d in zip(x.shape[2:], self.kernel_size, *axes, strict=True)
-        ]
+        options = (self.stride, self.padding, self.output_padding, self.dilation)
+        axes = list(zip(x.shape[2:], self.kernel_size, *options, strict=True))
+        sizes = [(i - 1) * s - 2 * p + d * (k - 1) + o + 1 for i, k, s, p, o, d in axes]
 
-        def rows() -> Tensor:
-            kernels = torch.eye(entries, dtype=x.dtype, device=x.device)
-            kernels = kernels.reshape(1, entries, *self.kernel_size)
-            transposed = _CONV_TRANSPOSE[len(self.kernel_size)]
-            assert transposed is not None
-            seen = transposed(
-                x.reshape(-1, 1, *x.shape[2:]),
-                kernels,
-                stride=self.stride,
-                padding=self.padding,
-                output_padding=self.output_padding,
-                dilation=self.dilation,
-            )  # [B * C_in, kernel, *pixels]
-            seen = seen.reshape(x.shape[0], x.shape[1] * entries, -1).mT
-            return split_examples(seen, n, where)
+        def patterns() -> list[Tensor]:
+            result = []
+            for (i, k, s, p, _, d), size in zip(axes, sizes, strict=True):
+                starts = torch.arange(i, device=x.device) * s - p
+                pixels = starts + d * torch.arange(k, device=x.device).unsqueeze(1)
+                result.append(((pixels >= 0) & (pixels < size)).to(x.dtype) / size)
+            return result
 
-        return Positions(prod(sizes) * x.shape[0] // n, rows, sources=[x], layer=where)
+        def unfold(images: Tensor) -> Tensor:
+            # With everything reversed the kernel is not.
+            places: Any = (..., *(slice(None, None, s) for s in self.stride))
+            spread = [(i - 1) * s + 1 for i, _, s, *_ in axes]
+            whole = images.new_zeros(*images.shape[:2], *spread)
+            whole[places] = images.flip(*range(2, x.ndim))
+            sides = [(d * (k - 1) - p + o, d * (k - 1) - p) for _, k, _, p, o, d in reversed(axes)]
+            whole = functional.pad(whole, [amount for pair in sides for amount in pair])
+            plain = zip(whole.shape[2:], self.kernel_size, self.dilation, strict=True)
+            return _windows(whole, [(i, k, 1, d) for i, k, d in plain])
+
+        kernel = prod(self.kernel_size)
+        return _patches(x, unfold, prod(sizes), patterns, kernel, n, where, backwards=True)
 
     def gradients(self, gradient: Tensor, n: int, where: str) -> Tensor:
         """Return the gradients of the pixels of n examples."""
