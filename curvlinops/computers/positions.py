@@ -102,8 +102,9 @@ class Positions:
             )
 
     def mean(self) -> Tensor:
-        """Return the mean input of each example ``[n, d]``."""
-        return self.expanded().mean(1) if self._make_mean is None else self._make_mean()
+        """Return the mean input of each example ``[n, d]``; raise if they were changed in place."""
+        self._check()
+        return self._make_rows().mean(1) if self._make_mean is None else self._make_mean()
 
     def add_to(self, moment: Moment, ones: float | None) -> None:
         """Add the second moment of all positions; ``ones`` as in :meth:`Moment.update`."""
@@ -201,16 +202,16 @@ class Moment:
                 self._accumulate(flat_rows(rows), ones)
             return
         rows = flat_rows(rows)
-        num_rows = rows.shape[0]
-        if self.groups == 1:
-            new, sums = (rows**2).sum(0), None
-        else:
-            rows = rows.reshape(num_rows, self.groups, -1).transpose(0, 1)  # [groups, r, d]
-            new = (rows**2).sum(1) if self.diagonal else rows.mT @ rows
-            sums = rows.sum(1) if ones is not None and not self.diagonal else None
+        if self.groups > 1:
+            rows = rows.reshape(len(rows), self.groups, -1).transpose(0, 1)  # [groups, r, d]
+        if not self.diagonal:
+            self._accumulate_groups(rows, ones)
+            return
+        new, num_rows = (rows**2).sum(-2), rows.shape[-2]
         if ones is not None:
-            new = self._append(new, sums, num_rows, ones)
-        self.add(new, num_rows)
+            corner = new.new_full((*new.shape[:-1], 1), num_rows * ones**2)
+            new = torch.cat([new, corner], dim=-1)
+        self._include(new, num_rows)
 
     def _accumulate(self, rows: Tensor, ones: float | None) -> None:
         """Add ``[r, d]`` where the sum is, as d² may be more than all else that is held."""
@@ -237,6 +238,20 @@ class Moment:
         self.count += rows.shape[:-1].numel()
         self.total = total if self.total is None else self.total.add_(total)
 
+    def _accumulate_groups(self, rows: Tensor, ones: float | None) -> None:
+        """Add ``[groups, r, d]`` where the sums are."""
+        num_groups, num_rows, d = rows.shape
+        self.count += num_rows
+        if self.total is None:
+            width = d + (ones is not None)
+            self.total = rows.new_zeros(num_groups, width, width)
+        self.total[:, :d, :d].baddbmm_(rows.mT, rows)
+        if ones is not None:
+            sums = rows.sum(1)
+            self.total[:, :d, d].add_(sums, alpha=ones)
+            self.total[:, d, :d].add_(sums, alpha=ones)
+            self.total[:, d, d].add_(num_rows * ones**2)
+
     def symmetric(self) -> Tensor | None:
         """Return the sum with what is below its diagonal, in place."""
         if self.total is not None and self._size:
@@ -258,7 +273,7 @@ class Moment:
         return total
 
     def merge(self, other: Moment) -> None:
-        """Add another moment of the same rows, which may be changed."""
+        """Add another moment of the same rows, which must not be used any more."""
         if other.total is None:
             return
         self.summed &= other.summed
@@ -266,7 +281,7 @@ class Moment:
             self._size = other._size
         elif not self._size:
             other.symmetric()
-        self.add(other.total, other.count)
+        self._include(other.total, other.count)
 
     def complete(self) -> None:
         """Take what is below the diagonal for right: somebody has set it."""
@@ -299,18 +314,13 @@ class Moment:
 
     def add(self, total: Tensor, count: float) -> None:
         """Add a sum of so many terms."""
+        self._include(total.clone() if self.total is None else total, count)
+
+    def _include(self, total: Tensor, count: float) -> None:
+        """Add a sum of so many terms; if it is the first, it becomes the total itself."""
         self.count += count
         total = total if self.dtype is None else total.to(self.dtype)
-        self.total = total.clone() if self.total is None else self.total + total
-
-    def _append(self, new: Tensor, sums: Tensor | None, num_rows: int, ones: float) -> Tensor:
-        """Extend a moment by the constant column: a column sum, rather than a copy of the rows."""
-        corner = new.new_full((*new.shape[: self.groups > 1], 1), num_rows * ones**2)
-        if sums is None:
-            return torch.cat([new, corner], dim=-1)
-        column = ones * sums  # [..., d]
-        top = torch.cat([new, column.unsqueeze(-1)], dim=-1)
-        return torch.cat([top, torch.cat([column, corner], dim=-1).unsqueeze(-2)], dim=-2)
+        self.total = total if self.total is None else self.total.add_(total)
 
 
 def _has_short_columns(rows: Tensor) -> bool:

@@ -28,8 +28,10 @@ class CovarianceStatistic:
     """Second moments of inputs and output gradients: the Kronecker factors of KFAC.
 
     expand: all positions of all usages count, each on its own. reduce: inputs are averaged and
-    gradients summed over an example's positions and usages first, so those of all usages are held
-    until a batch's pass is over. Normalisation layers: so are the gradients of weight and bias.
+    gradients summed over an example's positions and usages first. Means of inputs are held until
+    all layers were called (where there is one position, the input itself is: that is no copy). Sums
+    of gradients are held until a back-propagation is over, but only those of parameters that are
+    used repeatedly in a batch. Normalisation layers: so are the gradients of weight and bias.
 
     Args:
         shapes: The parameters' shapes.
@@ -59,6 +61,7 @@ class CovarianceStatistic:
         self.moments: dict[Hashable, Moment] = {}
         self._normalized: dict[tuple[Usage, int], Positions] = {}
         self._means: dict[tuple[Any, ...], tuple[Any, float, int]] = {}
+        self._calls: dict[Hashable, int] = {}  # of each part in this batch
         self._sums: dict[tuple[Any, ...], tuple[frozenset[Usage], int, Tensor]] = {}
         self._norm_gradients: dict[Part, Tensor] = {}
         self._norm_pairs: dict[Part, Part] = {}
@@ -67,6 +70,9 @@ class CovarianceStatistic:
     def on_input(self, usage: Usage, index: int, positions: Positions) -> None:
         """A layer was called, for the ``index``-th time in this way in this batch."""
         form = usage.format
+        for role, part in _parts(usage):
+            key = (role, form.is_embedding, part)
+            self._calls[key] = self._calls.get(key, 0) + 1
         if form.is_norm:
             self._normalized[usage, index] = positions
             return
@@ -79,23 +85,27 @@ class CovarianceStatistic:
             moment = self._moment(("input", usage), width, form.groups, diagonal=form.is_embedding)
             positions.add_to(moment, 1.0 if biased else None)
             return
-        key = ("input", form.is_embedding, form.groups, usage.weight)
+        inputs = ("input", form.is_embedding, form.groups, usage.weight)
         count = positions.num_positions
-        total, ones, total_count = self._means.get(key, (0, 0.0, 0))
-        self._means[key] = (
-            total + count * widened(positions.mean()),
+        if count == 1 and inputs not in self._means:
+            self._means[inputs] = (positions, float(biased), 1)
+            return
+        total, ones, total_count = self._means.get(inputs, (0, 0.0, 0))
+        self._means[inputs] = (
+            _mean(total) + count * widened(positions.mean()),
             ones + count * biased,
             total_count + count,
         )
 
     def end_of_forward(self) -> None:
         """All layers of a batch were called."""
-        for key, (total, ones, count) in self._means.items():
+        for key in list(self._means):
+            total, ones, count = self._means.pop(key)
+            mean = _mean(total) / count
             groups = key[2]
             constant = ones / count if ones else None
-            width = total.shape[-1] // groups + (constant is not None)
-            self._moment(key, width, groups).update(total / count, constant)
-        self._means = {}
+            width = mean.shape[-1] // groups + (constant is not None)
+            self._moment(key, width, groups).update(mean, constant)
 
     def on_gradient(self, usage: Usage, index: int, gradient: Tensor) -> None:
         """The gradients ``[V, n, S, d_out]`` of V loss vectors at a layer's output exist."""
@@ -109,62 +119,86 @@ class CovarianceStatistic:
         if usage.bias is not None and not self._joint(usage):
             wanted.append(("b", usage.bias, 1))
         if self._reduce:
-            gradient = widened(gradient).sum(2)  # [V, n, d_out]
+            gradient = _summed(widened(gradient))  # [V, n, d_out]
+            complete: dict[int, list[tuple[Any, ...]]] = {}
             for role, part, groups in wanted:
                 key = (role, form.is_embedding, part)
+                if self._calls.get(key) == 1:
+                    complete.setdefault(groups, []).append(key)
+                    continue
                 usages, _, before = self._sums.get(key, (frozenset(), groups, None))
                 total = gradient if before is None else before + gradient
                 self._sums[key] = (usages | {usage}, groups, total)
+            for groups, keys in complete.items():
+                self._add_sums(keys, groups, gradient)
             return
         for groups in {groups for _, _, groups in wanted}:
             width = gradient.shape[-1] // groups
             moment = self._moment(("gradient", usage, groups), width, groups)
             moment.update(gradient)
 
+    def _add_sums(self, keys: Sequence[tuple[Any, ...]], groups: int, sums: Tensor) -> None:
+        """Add sums of gradients ``[V, n, d]``, the same for a layer's weight and bias."""
+        width, rows = sums.shape[-1] // groups, sums.flatten(0, 1)
+        *others, last = [self._moment(("gradient", *key), width, groups) for key in keys]
+        if not others:
+            last.update(rows)
+            return
+        new = self._new_moment(width, groups)
+        new.update(rows)
+        total = new.symmetric()
+        assert total is not None
+        for moment in others:
+            moment.add(total, new.count)
+        last.merge(new)
+
     def _add_norm(self, usage: Usage, index: int, gradient: Tensor) -> None:
         """Add the gradients of a normalisation layer's weight and bias ``[V, n, d]``."""
         gradient = widened(gradient)
-        for part, scale in ((usage.weight, True), (usage.bias, False)):
-            if part is None:
-                continue
-            if scale:
-                rows = self._normalized[usage, index].expanded()
-                new = torch.einsum("nsd, vnsd -> vnd", rows.to(gradient.dtype), gradient)
-            else:
-                new = gradient.sum(2)
+        new: dict[Part, Tensor] = {}
+        if usage.weight is not None:
+            rows = self._normalized[usage, index].expanded().to(gradient.dtype)
+            new[usage.weight] = torch.einsum("nsd, vnsd -> vnd", rows, gradient)
+        if usage.bias is not None:
+            new[usage.bias] = _summed(gradient)
+        pairs = {usage.part("W"): usage.part("b")} if self._joint(usage) else {}
+        if all(self._calls.get((role, False, part)) == 1 for role, part in _parts(usage)):
+            self._add_norms(new, pairs)
+            return
+        for part, summand in new.items():
             before = self._norm_gradients.get(part)
-            self._norm_gradients[part] = new if before is None else before + new
-        if self._joint(usage):
-            assert usage.weight is not None and usage.bias is not None
-            self._norm_pairs[usage.weight] = usage.bias
+            self._norm_gradients[part] = summand if before is None else before + summand
+        self._norm_pairs |= pairs
+
+    def _add_norms(self, gradients: Mapping[Part, Tensor], pairs: Mapping[Part, Part]) -> None:
+        """Add the second moments of gradients of normalisation layers' weights and biases."""
+        paired = set(pairs.values())
+        for part, rows in gradients.items():
+            if part in paired:
+                continue
+            parts = [part, *([pairs[part]] if part in pairs else [])]
+            columns = [gradients[p].flatten(0, 1) for p in parts]
+            width = len(parts) * rows.shape[-1]
+            moment = self._moment(("norm", *(p.name for p in parts)), width, 1)
+            # side by side they would be as large as what they are made from
+            step = max(-(-len(columns[0]) // 4), 2**16 // width)
+            for some in zip(*(column.split(step) for column in columns), strict=True):
+                moment.update(torch.cat(some, dim=-1))
 
     def end_of_backward(self) -> None:
         """All gradients of a back-propagation were computed."""
-        done: dict[Hashable, Moment] = {}  # a layer's weight and bias have the same sums
-        for key, (usages, groups, total) in self._sums.items():
-            width = total.shape[-1] // groups
-            if (usages, groups) not in done:
-                new = done[usages, groups] = self._new_moment(width, groups)
-                new.update(total.flatten(0, 1))
-            new = done[usages, groups]
-            sums = new.symmetric()
-            assert sums is not None
-            self._moment(("gradient", *key), width, groups).add(sums, new.count)
-        paired = set(self._norm_pairs.values())
-        for part, rows in self._norm_gradients.items():
-            names = [part.name]
-            if part in paired:
-                continue
-            if part in self._norm_pairs:
-                bias = self._norm_pairs[part]
-                names.append(bias.name)
-                rows = torch.cat([rows, self._norm_gradients[bias]], dim=-1)
-            self._moment(("norm", *names), rows.shape[-1], 1).update(rows.flatten(0, 1))
+        same: dict[tuple[frozenset[Usage], int], list[tuple[Any, ...]]] = {}
+        for key, (usages, groups, _) in self._sums.items():
+            same.setdefault((usages, groups), []).append(key)
+        for (_, groups), keys in same.items():
+            *_, total = self._sums[keys[0]]
+            self._add_sums(keys, groups, total)
+        self._add_norms(self._norm_gradients, self._norm_pairs)
         self._sums, self._norm_gradients, self._norm_pairs = {}, {}, {}
 
     def end_of_batch(self) -> None:
         """All vectors of a batch were back-propagated."""
-        self._normalized = {}
+        self._normalized, self._calls = {}, {}
 
     def _moment(self, key: Hashable, width: int, groups: int, diagonal: bool = False) -> Moment:
         """Return the moment of a key."""
@@ -317,7 +351,10 @@ class CovarianceStatistic:
         tall = plan.d_in > self._max_factor_size
         # Moments are semi-definite, and factors that are not finite are refused by name later.
         return nearest_kronecker(
-            [(B, A), (tokens, gradient)], keep_diagonal=(wide, tall), check_values=False
+            [(B, A), (tokens, gradient)],
+            keep_diagonal=(wide, tall),
+            check_values=False,
+            overwrite=True,
         )
 
     def _as_embedding(self, plan: GroupPlan) -> GroupPlan:
@@ -364,6 +401,22 @@ class CovarianceStatistic:
             for factor in factors:
                 attest(factor)
         return factors
+
+
+def _parts(usage: Usage) -> list[tuple[str, Part]]:
+    """Return the parts of parameters that a usage has, by their roles."""
+    pairs = (("W", usage.weight), ("b", usage.bias))
+    return [(role, part) for role, part in pairs if part is not None]
+
+
+def _mean(total: Any) -> Any:
+    """Return a sum of means of inputs as it is, or the mean of inputs that were held."""
+    return widened(total.mean()) if isinstance(total, Positions) else total
+
+
+def _summed(gradient: Tensor) -> Tensor:
+    """Sum ``[V, n, S, d]`` over positions."""
+    return gradient.squeeze(2) if gradient.shape[2] == 1 else gradient.sum(2)
 
 
 def _padded(factor: Factor) -> Factor:
