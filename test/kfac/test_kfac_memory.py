@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from math import prod
 from typing import Any, NamedTuple
 
 import pytest
@@ -100,6 +99,89 @@ def transformer() -> Problem:
     return Problem(Transformer(64, 3), data)
 
 
+def images(layers: list[nn.Module], *shape: int) -> Problem:
+    """A convolutional network for images [n, C, ...], and a classifier behind it."""
+    channels = shape[1]
+    for layer in layers:
+        channels = getattr(layer, "out_channels", channels)
+    pool = nn.AdaptiveAvgPool3d(1) if len(shape) == 5 else nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(*layers, pool, nn.Flatten(), nn.Linear(channels, CLASSES))
+    data = [(torch.rand(*shape), torch.randint(CLASSES, shape[:1])) for _ in range(BATCHES)]
+    return Problem(model, data)
+
+
+def transposed_convolutions() -> Problem:
+    """What output pixels see is much larger than the input."""
+    up = nn.ConvTranspose2d(8, 16, 4, stride=2, padding=1)
+    return images([up, nn.ReLU(), nn.ConvTranspose2d(16, 8, 5, padding=2)], 8, 8, 16, 16)
+
+
+def depthwise() -> Problem:
+    """There are many small factors."""
+    layers = [nn.Conv2d(3, 64, 1), nn.Conv2d(64, 64, 5, padding=2, groups=64), nn.ReLU()]
+    return images([*layers, nn.Conv2d(64, 64, 1)], 16, 3, 24, 24)
+
+
+def grouped() -> Problem:
+    """Factors of several groups are larger than activations."""
+    layers = [nn.Conv2d(256, 256, 3, groups=2), nn.ReLU(), nn.Conv2d(256, 256, 1, groups=2)]
+    return images(layers, 2, 256, 4, 4)
+
+
+def conv3d() -> Problem:
+    """Few images make most of the unfolded inputs."""
+    layers = [nn.Conv3d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv3d(8, 8, 3, padding=1, groups=2)]
+    return images(layers, 8, 2, 12, 12, 12)
+
+
+def group_norm() -> Problem:
+    """There are normalisations of channels."""
+    layers = [
+        nn.Conv2d(3, 32, 1),
+        nn.GroupNorm(4, 32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 1),
+        nn.GroupNorm(4, 32),
+        nn.ReLU(),
+    ]
+    return images(layers, 8, 3, 24, 24)
+
+
+def layer_norms() -> Problem:
+    """The gradients of all normalisations together are much larger than that of a layer."""
+    blocks = [(nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU()) for _ in range(12)]
+    model = nn.Sequential(*(layer for block in blocks for layer in block), nn.Linear(64, CLASSES))
+    data = [(torch.rand(1024, 64), torch.randint(CLASSES, (1024,))) for _ in range(BATCHES)]
+    return Problem(model, data)
+
+
+VOCABULARY = 2000  # factors are much larger than loss vectors
+
+
+def language_model(tied: bool) -> Problem:
+    """A factor is much larger than all else."""
+    token, head = nn.Embedding(VOCABULARY, 16), nn.Linear(16, VOCABULARY, bias=False)
+    if tied:
+        head.weight = token.weight
+
+    class Model(nn.Sequential):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return super().forward(tokens).mT
+
+    data = [tuple(torch.randint(VOCABULARY, (2, 2, 8))) for _ in range(BATCHES)]
+    return Problem(Model(token, Block(16), head), data)
+
+
+def tied() -> Problem:
+    """Two Kronecker products become one."""
+    return language_model(tied=True)
+
+
+def untied() -> Problem:
+    """There is an embedding of many tokens."""
+    return language_model(tied=False)
+
+
 PROBLEMS: list[Callable[[], Problem]] = [wide_mlp, linear, deep_mlp, cnn, transformer]
 
 
@@ -114,14 +196,21 @@ def gradient(problem: Problem) -> list[Tensor]:
     return total
 
 
-def kfac(problem: Problem, fisher_type: str, backend: str = "hooks") -> KFACLinearOperator:
+def kfac(
+    problem: Problem,
+    fisher_type: str,
+    backend: str = "hooks",
+    kfac_approx: str = "expand",
+    separate: bool = False,
+) -> KFACLinearOperator:
     return KFACLinearOperator(
         problem.model,
         LOSS,
         dict(problem.model.named_parameters()),
         problem.data,
         fisher_type=fisher_type,
-        separate_weight_and_bias=False,
+        kfac_approx=kfac_approx,
+        separate_weight_and_bias=separate,
         backend=backend,
     )
 
@@ -129,7 +218,7 @@ def kfac(problem: Problem, fisher_type: str, backend: str = "hooks") -> KFACLine
 def factor_bytes(K: KFACLinearOperator) -> int:
     """Return the size of all factors."""
     names = [next(iter(group.values())) for group in K.mapping]
-    factors = [factor for name in names for factor in K.factors(name)]
+    factors = [factor for name in names for factor in flat(K.factors(name))]
     return sum(
         factor.numel() * factor.itemsize
         if isinstance(factor, Tensor)
@@ -138,16 +227,33 @@ def factor_bytes(K: KFACLinearOperator) -> int:
     )
 
 
+def flat(factors: Any) -> list[Any]:
+    """Return the factors in nested lists."""
+    nested = isinstance(factors, (list, tuple))
+    return [leaf for factor in factors for leaf in flat(factor)] if nested else [factors]
+
+
+NORMS = (nn.LayerNorm, nn.GroupNorm)
+LAYERS = (nn.Linear, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d, *NORMS)
+
+
 def layer_bytes(problem: Problem) -> tuple[list[int], list[int]]:
     """Return the sizes of the unfolded inputs [n, S, d_in], and of the outputs [n, S, d_out]."""
     inputs, outputs = [], []
 
     def hook(module: Any, args: tuple[Tensor], output: Tensor) -> None:
-        d_out, *d_in = module.weight.shape
-        inputs.append(output.numel() // d_out * prod(d_in) * output.itemsize)
         outputs.append(output.numel() * output.itemsize)
+        if isinstance(module, NORMS):
+            inputs.append(outputs[-1])
+            return
+        weight, channels = module.weight, getattr(module, "out_channels", output.shape[-1])
+        if isinstance(module, nn.ConvTranspose2d):
+            d_in = weight[:, 0].numel()
+        else:
+            d_in = weight[0].numel() * getattr(module, "groups", 1)
+        inputs.append(outputs[-1] // channels * d_in)
 
-    layers = [m for m in problem.model.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    layers = [m for m in problem.model.modules() if isinstance(m, LAYERS)]
     handles = [layer.register_forward_hook(hook) for layer in layers]
     with torch.no_grad():
         problem.model(problem.data[0][0])
@@ -172,9 +278,41 @@ def test_peak(make: Callable[[], Problem], fisher_type: str, backend: str):
     other is back-propagated; g is another copy in weight-sharing format. The same bound holds for
     any number of loss vectors, and with the check of determinism.
     """
-    problem = make()
-    K = kfac(problem, fisher_type, backend)  # what is made once in a process
-    peak = peak_memory(lambda: kfac(problem, fisher_type, backend))
+    check_peak(make(), fisher_type, backend)
+
+
+OTHERS = [
+    (transposed_convolutions, "mc", "expand", False, "hooks"),
+    (transposed_convolutions, "type-2", "reduce", True, "make_fx"),
+    (depthwise, "mc", "expand", True, "hooks"),
+    (grouped, "mc", "expand", False, "make_fx"),
+    (grouped, "mc", "reduce", True, "hooks"),
+    (conv3d, "mc", "expand", False, "hooks"),
+    (group_norm, "mc", "expand", False, "make_fx"),
+    (layer_norms, "mc", "expand", False, "hooks"),
+    (layer_norms, "type-2", "expand", True, "hooks"),
+    (layer_norms, "mc", "reduce", False, "make_fx"),
+    (deep_mlp, "mc", "reduce", False, "hooks"),
+    (transformer, "mc", "reduce", True, "hooks"),
+    (wide_mlp, "mc", "reduce", True, "make_fx"),
+    (tied, "mc", "expand", False, "hooks"),
+    (tied, "mc", "expand", False, "make_fx"),
+    (untied, "mc", "reduce", False, "hooks"),
+]
+
+
+@pytest.mark.parametrize(("make", "fisher_type", "kfac_approx", "separate", "backend"), OTHERS)
+def test_peak_of_others(
+    make: Callable[[], Problem], fisher_type: str, kfac_approx: str, separate: bool, backend: str
+):
+    """The same bound for other layers and options; a normalisation's input is that of a layer."""
+    check_peak(make(), fisher_type, backend, kfac_approx, separate)
+
+
+def check_peak(problem: Problem, *options: Any) -> None:
+    """Compare the peak with its bound."""
+    K = kfac(problem, *options)  # what is made once in a process
+    peak = peak_memory(lambda: kfac(problem, *options))
     terms = {"gradient": peak_memory(lambda: gradient(problem)), "factors": factor_bytes(K)}
     terms["input"], terms["output"] = map(max, layer_bytes(problem))
     assert peak <= SLACK * sum(terms.values()), (peak, terms)
