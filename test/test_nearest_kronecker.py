@@ -278,6 +278,22 @@ def test_terms_are_not_changed() -> None:
     assert torch.equal(A.diagonal(), before[1])
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_large_matrices(overwrite: bool) -> None:
+    """Those of which not all rows are multiplied at once, the last of them fewer; and diagonals."""
+    d = 300
+    B = [semidefinite(d, 2), DiagonalLinearOperator([torch.rand(d, dtype=F64)]), semidefinite(d, 1)]
+    A = [semidefinite(3, 2), semidefinite(3, 1), diagonal(3)]
+    rows = [torch.stack([dense(f).flatten() for f in factors]) for factors in (B, A)]
+    U, S, Vh = torch.linalg.svd(rows[0].T @ rows[1], full_matrices=False)
+    first, second = nearest_kronecker(list(zip(B, A, strict=True)), overwrite=overwrite)
+    assert isinstance(first, Tensor) and isinstance(second, Tensor)
+    assert torch.equal(first, first.T)
+    torch.testing.assert_close(first.flatten().outer(second.flatten()), S[0] * U[:, 0].outer(Vh[0]))
+    memory = {f.data_ptr() for f in (*B, *A) if isinstance(f, Tensor)}
+    assert ({first.data_ptr(), second.data_ptr()} <= memory) == overwrite
+
+
 @pytest.mark.parametrize(
     ("terms", "message"),
     [

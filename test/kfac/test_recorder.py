@@ -491,7 +491,7 @@ def not_changing(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("backend", ["hooks", "make_fx"])
 @pytest.mark.parametrize("operator", [KFACLinearOperator, EKFACLinearOperator, KFOCLinearOperator])
 def test_inputs_changed_in_place(operator: Any, backend: str):
-    """KFAC needs them only when the layer is called; the others say so, as autograd would."""
+    """KFAC-expand needs them only when a layer is called; the others say so, as autograd would."""
     layers = {"a": nn.Linear(3, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 2)}
     model = Lambda(changing, **layers).double()
     params = {name: p for name, p in model.named_parameters() if name.startswith("b")}
@@ -505,6 +505,28 @@ def test_inputs_changed_in_place(operator: Any, backend: str):
         return
     with pytest.raises(RuntimeError, match=r"layer of 'b.weight' and 'b.bias' was .* in place"):
         operator(*arguments, **options)
+
+
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+@pytest.mark.parametrize("positions", [1, 2])
+def test_inputs_changed_in_place_reduce(positions: int, backend: str):
+    """A single position is averaged with those of later calls, and needed until then."""
+    layers = {"a": nn.Linear(3, 4), "b": nn.Linear(4, 4), "c": nn.Linear(4, 2)}
+    model = Lambda(changing, **layers).double()
+    params = {name: p for name, p in model.named_parameters() if name.startswith("b")}
+    X, y = torch.rand(5, positions, 3, dtype=F64), torch.rand(5, positions, 2, dtype=F64)
+    options = {"kfac_approx": "reduce", "backend": backend, "check_deterministic": False}
+
+    def kfac() -> Tensor:
+        return KFACLinearOperator(model, nn.MSELoss(), params, [(X, y)], **options).to_dense()
+
+    if positions == 1:
+        with pytest.raises(RuntimeError, match=r"layer of 'b.weight' and 'b.bias' was .* in place"):
+            kfac()
+        return
+    found = kfac()
+    model.function = not_changing
+    torch.testing.assert_close(found, kfac())
 
 
 def test_tokens_changed_in_place():
