@@ -292,7 +292,7 @@ OTHERS = [
     (layer_norms, "mc", "expand", False, "hooks"),
     (layer_norms, "type-2", "expand", True, "hooks"),
     (layer_norms, "mc", "reduce", False, "make_fx"),
-    (deep_mlp, "mc", "reduce", False, "hooks"),
+    (deep_mlp, "type-2", "reduce", False, "hooks"),
     (transformer, "mc", "reduce", True, "hooks"),
     (wide_mlp, "mc", "reduce", True, "make_fx"),
     (tied, "mc", "expand", False, "hooks"),
