@@ -175,7 +175,8 @@ class Arrangements:
             if numbers is not None and call not in self._sought:
                 self._missing.append(call)
                 return UNKNOWN
-            if not self._plain or (numbers is not None and self.entries_matter):
+            unverified = self.entries_matter and self._reordered is None
+            if not self._plain or (numbers is not None and unverified):
                 return UNKNOWN
             leading = x.shape if usage.format.is_embedding else x.shape[:-1]
             return BATCH_FIRST if n in accumulate(leading, mul) else UNKNOWN

@@ -143,7 +143,8 @@ class Looking:
         """
         signature = _signature(batch)
         plain = isinstance(batch.X, Tensor) or not example_tensors(batch)
-        plain = plain and (batch.n == 1 or self._some(batch, [0]) is not None)
+        row = None if batch.n == 1 else self._cut(batch, [0])
+        plain = plain and (row is None or self.risk.has_examples(row, 1))  # else: no examples
         self._arrangements.begin(signature, plain, self._may_differ)
         self._reordered, self._halves = None, []
         needed = batch.n > 1 and signature not in self._seen
@@ -200,7 +201,8 @@ class Looking:
         inputs: dict[tuple[Usage, int], Tensor] = {}
 
         def on_call(usage: Usage, index: int, x: Tensor) -> None:
-            inputs[usage, index] = x
+            # a copy of what few it is: the model may change it afterwards
+            inputs[usage, index] = x if len(numbers) == batch.n else x.clone()
 
         try:
             with self._arrangements.ignored():
@@ -230,14 +232,19 @@ class Looking:
             self._shared.pop(signature, None)
         return seen
 
-    def _some(self, batch: Batch, numbers: list[int]) -> Any | None:
-        """Return the input of some examples of a batch, by number; None if they cannot be had."""
+    def _cut(self, batch: Batch, numbers: list[int]) -> Any | None:
+        """Return some rows of a batch's input, by number; None if it has no such rows."""
         X, n = batch.X, batch.n
         some = some_examples(X, n, numbers, self._shared.get(_signature(batch)))
         if some is None and isinstance(X, Tensor) and X.ndim and len(X) % n == 0:
             # positions of an example next to each other in the first axis
             some = some_examples(X.unflatten(0, (n, -1)), n, numbers)
-            some = None if some is None else some.flatten(0, 1)
+            return None if some is None else some.flatten(0, 1)
+        return some
+
+    def _some(self, batch: Batch, numbers: list[int]) -> Any | None:
+        """Return the input of some examples of a batch, by number; None if they cannot be had."""
+        some = self._cut(batch, numbers)
         known = some is not None and self.risk.has_examples(some, len(numbers))
         return some if known else None
 

@@ -116,6 +116,7 @@ CRITICAL: dict[str, dict[str, tuple[str, ...]]] = {
 PERFORMANCE = {
     "_cheapest_order",
     "_num_images",
+    "_slices",
     "_block_size",
     "_between_positions",
     "chunks",
