@@ -47,6 +47,11 @@ class Arrangement:
         """Return into how many examples the tensor can be divided."""
         return n if self.known else 1
 
+    def divides(self, tensor: Tensor, n: int) -> bool:
+        """Return whether the axis can be divided among n examples."""
+        assert self.axis is not None
+        return tensor.ndim > self.axis and tensor.shape[self.axis] % n == 0
+
     def owners(self, tensor: Tensor, n: int) -> Tensor:
         """Return the number of the example that each entry of a tensor is of, in its shape."""
         assert self.axis is not None
@@ -68,7 +73,7 @@ class Arrangement:
             return spread(tensor, n)
         if not self.known or (self.axis == 0 and not self.inner):
             return tensor
-        if tensor.ndim <= self.axis or tensor.shape[self.axis] % n:
+        if not self.divides(tensor, n):
             return tensor  # an error follows
         found = self.examples_of(tensor, n)
         # Positions stay a part of the first axis, if they were: layers may need the other axes.
@@ -221,7 +226,7 @@ class Arrangements:
 
     def reordered(self, where: Arrangement, x: Tensor, other: Tensor, n: int) -> bool:
         """Return whether a tensor has the same examples as another one in another order."""
-        if other.shape != x.shape:
+        if other.shape != x.shape or not where.divides(x, n):
             return False
         own = where.examples_of(x, n)[another_order(n)]
         return near(own, where.examples_of(other, n), self.tolerance)
@@ -378,6 +383,8 @@ def _find_in(
 
 def near(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     """Return whether entries are the same up to rounding errors, if they are finite."""
+    if actual.shape != expected.shape:
+        return False
     return not _distance(actual, expected) > _limit(expected, tolerance)
 
 

@@ -298,14 +298,23 @@ class Looking:
         if signature in self._predictions and signature not in self._trusted:
             sets.append(self._predictions[signature])
         self._trusted.add(signature)
-        own, tolerance = where.examples_of(prediction, n), self._arrangements.tolerance
-        for some, numbers in sets:
-            if some is None:  # the model cannot do with them
-                return False
-            alike = some.ndim == prediction.ndim
-            if alike and not near(where.examples_of(some, len(numbers)), own[numbers], tolerance):
-                return False
-        return True
+        return all(
+            some is not None and self._same_examples(where, some, prediction, numbers, n)
+            for some, numbers in sets
+        )
+
+    def _same_examples(
+        self, where: Arrangement, some: Tensor, prediction: Tensor, numbers: list[int], n: int
+    ) -> bool:
+        """Return whether predictions for some of n examples are those among all of them."""
+        k = len(numbers)
+        if some.ndim != prediction.ndim:  # a single one has lost its axis
+            return True
+        if not (where.divides(some, k) and where.divides(prediction, n)):
+            return False
+        alone, own = where.examples_of(some, k), where.examples_of(prediction, n)[numbers]
+        # models may cut what is padding in all examples
+        return alone.shape != own.shape or near(alone, own, self._arrangements.tolerance)
 
     def _refuse_mistaken(self, prediction: Tensor, batch: Batch) -> bool:
         """Refuse all layers if the model predicts something else for other sets of examples.

@@ -823,6 +823,27 @@ def test_as_many_images_as_examples(name: str, backend: str):
 
 
 @each_backend
+@pytest.mark.parametrize("lengths", [(2, 4, 3), (4, 2, 3, 2), (2, 3)])
+def test_padding_that_the_model_cuts(lengths: tuple[int, ...], backend: str):
+    """A few examples alone may be shorter than in their batch."""
+
+    def forward(m: Any, X: Any) -> Tensor:
+        keep = X["keep"][:, : int(X["keep"].sum(1).max())]
+        h = torch.tanh(m.norm(m.a(X["ids"][:, : keep.shape[1]])))
+        return m.b(h * keep.unsqueeze(-1)).sum(1)
+
+    layers = {"a": nn.Embedding(5, 4), "norm": nn.LayerNorm(4), "b": nn.Linear(4, 2)}
+    model, n = Lambda(forward, **layers).double(), len(lengths)
+    keep = torch.arange(5) < torch.tensor(lengths)[:, None]
+    data = [({"ids": torch.randint(5, (n, 5)), "keep": keep}, torch.arange(n) % 2)]
+    options: Any = {"batch_size_fn": lambda X: len(X["ids"])}
+    params = dict(model.named_parameters())
+    G = GGNLinearOperator(model, LOSS, params, data, **options)
+    K = build(EKFACLinearOperator, model, data, backend, **options)
+    check_traces(K, model, by_parameter(G, model))
+
+
+@each_backend
 def test_mappings_that_cannot_be_cut(backend: str):
     """If a model fails for a few examples, it is not known which tensors have examples."""
 
