@@ -830,7 +830,7 @@ def test_padding_that_the_model_cuts(lengths: tuple[int, ...], backend: str):
     def forward(m: Any, X: Any) -> Tensor:
         keep = X["keep"][:, : int(X["keep"].sum(1).max())]
         h = torch.tanh(m.norm(m.a(X["ids"][:, : keep.shape[1]])))
-        return m.b(h * keep.unsqueeze(-1)).sum(1)
+        return (m.b(h) * keep.unsqueeze(-1)).sum(1)
 
     layers = {"a": nn.Embedding(5, 4), "norm": nn.LayerNorm(4), "b": nn.Linear(4, 2)}
     model, n = Lambda(forward, **layers).double(), len(lengths)
