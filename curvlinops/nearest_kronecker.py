@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from curvlinops import _tensors
 from curvlinops.diag import DiagonalLinearOperator
@@ -23,6 +22,7 @@ def nearest_kronecker(
     keep_diagonal: tuple[bool, bool] = (False, False),
     check_values: bool = True,
     overwrite: bool = False,
+    traced: bool = False,
 ) -> tuple[Factor, Factor]:
     r"""Return the Kronecker product nearest to a sum of Kronecker products.
 
@@ -64,6 +64,7 @@ def nearest_kronecker(
             Without this check, of entries that are not finite some results are not finite, either.
         overwrite: Whether the results may take the place of terms in memory. No two terms may share
             it then, and none may be used afterwards.
+        traced: Whether this is traced, and shall take few operations, rather than little memory.
 
     Returns:
         B and A: diagonal operators where this was asked for or all terms are diagonal, else
@@ -85,7 +86,7 @@ def nearest_kronecker(
     terms = list(terms)
     if not terms:
         raise ValueError("The nearest Kronecker product needs at least one term, got none.")
-    first, second = (_Side([t[i] for t in terms], i, keep_diagonal[i]) for i in (0, 1))
+    first, second = (_Side([t[i] for t in terms], i, keep_diagonal[i], traced) for i in (0, 1))
     if (first.dtype, first.device) != (second.dtype, second.device):
         raise ValueError(
             f"The first factors have {first.dtype} on {first.device}, the second ones "
@@ -123,7 +124,7 @@ class _Side:
     as the result.
     """
 
-    def __init__(self, factors: list[Factor], index: int, keep_diagonal: bool):
+    def __init__(self, factors: list[Factor], index: int, keep_diagonal: bool, traced: bool):
         self.name = f"{('first', 'second')[index]} factors"
         for factor in factors:
             _check_factor(factor, self.name)
@@ -142,6 +143,7 @@ class _Side:
             if isinstance(factor, Tensor) and not self.diagonal
         }
         self.dtype, self.device = self.diagonals[0].dtype, self.diagonals[0].device
+        self.traced = traced or torch.compiler.is_compiling()
 
     def gram(self, check_values: bool) -> tuple[Tensor, Tensor]:
         """Return the cosines ``[K, K]`` between factors and their norms ``[K]``, in float64."""
@@ -210,8 +212,8 @@ class _Side:
     def _slices(self) -> list[tuple[int, int]]:
         """Return which rows of matrices are multiplied at once."""
         d = len(self.diagonals[0]) if self.matrices else 0
-        if torch.compiler.is_compiling() or get_proxy_mode() is not None:
-            step = -(-d // 8)  # traces are short
+        if self.traced:
+            step = -(-d // 8)
         else:
             step = (2**16 if self.device.type == "cpu" else 2**22) // max(d, 1)
         step = max(step, 1)

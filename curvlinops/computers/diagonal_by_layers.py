@@ -161,6 +161,11 @@ class LayersDiagonal(HooksLooking):
         """Return False: each batch is verified in other ways."""
         return False
 
+    @property
+    def _may_differ(self) -> bool:
+        """Return True: examples may depend on one another where no gradient does."""
+        return True
+
     def _compare(self, batch: Batch, X: Any, n: int) -> float:
         """Compare the squares of the last of n examples with those of its gradient."""
         leaves = {name: p.detach().requires_grad_() for name, p in self.risk.params.items()}

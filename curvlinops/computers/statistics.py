@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from curvlinops.computers.attested import attest
 from curvlinops.computers.plan import GroupPlan, Rows
@@ -355,6 +356,7 @@ class CovarianceStatistic:
             keep_diagonal=(wide, tall),
             check_values=False,
             overwrite=True,
+            traced=get_proxy_mode() is not None,
         )
 
     def _as_embedding(self, plan: GroupPlan) -> GroupPlan:

@@ -799,8 +799,9 @@ IMAGES = {
 }
 
 
-@each_backend
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize(
+    ("name", "backend"), [*((name, "hooks") for name in IMAGES), ("in a later batch", "make_fx")]
+)
 def test_as_many_images_as_examples(name: str, backend: str):
     """Features of images take the places of tokens, but not one image for each example."""
 
