@@ -16,6 +16,7 @@ def _number(pattern: str, output: str) -> float:
     return float(found)
 
 
+@pytest.mark.slow
 def test_spectrum_has_outliers_and_densities_of_the_exact_one(tmp_path):
     """Catches other matrices than the Hessian, wrong densities, and wrong weights of samples."""
     output = output_of(FOLDER / "spectrum.py", tmp_path)
@@ -60,6 +61,7 @@ def test_inverse_products_are_exact_and_preconditioners_save_iterations(tmp_path
     assert _number(r"Smallest eigenvalues of the Hessian: .+, error (\S+)", output) <= 1e-6
 
 
+@pytest.mark.slow
 def test_laplace_calibrates_a_network(tmp_path):
     """Catches a curvature of another scale, samples of another covariance, and none at all."""
     output = output_of(FOLDER / "laplace.py", tmp_path)

@@ -13,6 +13,7 @@ def _rows(output: str, columns: int) -> dict[str, list[float]]:
     return {label: [float(x.rstrip("%")) for x in values.split()] for label, values in found}
 
 
+@pytest.mark.slow
 def test_influence_predicts_leaving_one_out(tmp_path):
     """Catches influences of the wrong sign, without an inverse, or with factors of other layers."""
     rows = _rows(output_of(FOLDER / "influence.py", tmp_path), columns=3)
@@ -25,6 +26,7 @@ def test_influence_predicts_leaving_one_out(tmp_path):
     assert min(found[:3]) > max(66, found[-1])
 
 
+@pytest.mark.slow
 def test_merging_with_curvature_beats_averaging(tmp_path):
     """Catches curvature of the wrong task, and a sum of operators that drops or mixes summands."""
     output = output_of(FOLDER / "merging.py", tmp_path)

@@ -35,6 +35,7 @@ def test_all_tutorials_are_known():
     assert {path.stem for path in FOLDER.glob("*.py")} == set(TUTORIALS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TUTORIALS)
 def test_tutorial_runs(name: str, tmp_path: Path):
     """Catches everything that its assertions do: see the script."""
