@@ -34,7 +34,7 @@ from curvlinops.distributed import collective_of
 from curvlinops.kfac_utils import FisherType, KFACType, ParamGroup, Precision
 from curvlinops.risk import Batch, EmpiricalRisk, Loss, loss_entry
 from curvlinops.risk.data import TermCounter
-from curvlinops.risk.model import FunctionalModel
+from curvlinops.risk.model import FunctionalModel, Predict
 
 __all__ = ["Increment", "KFACComputer", "ParamGroup", "Statistic", "stacked"]
 
@@ -160,6 +160,7 @@ class KFACComputer(Looking):
             batch_size_fn=batch_size_fn,
             collective=self.collective,
             purpose=self._purpose(),
+            predict=self._predict,
         )
 
     def _purpose(self) -> str:
@@ -189,6 +190,9 @@ class KFACComputer(Looking):
     # ---- what a backend implements ---------------------------------------------------------------
     def _check_model(self, model_func: Any) -> None:
         """Raise if the backend cannot run the model."""
+
+    #: Evaluates the model in the check, if the backend listens there.
+    _predict: Predict | None = None
 
     def _run(self, statistic: Statistic, batch: Batch) -> tuple[Tensor, Collector]:
         """Evaluate the model on a batch, and give a statistic the inputs of its layers.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from curvlinops.computers.usages import Usage
 from curvlinops.kfac_utils import FisherType, KFACType, ParamGroup
 from curvlinops.risk import Batch
 from curvlinops.risk.data import TermCounter
-from curvlinops.risk.model import ModelFunction, refuse_sharded
+from curvlinops.risk.model import ModelFunction, Predict, refuse_sharded
 
 
 class MakeFxKFACComputer(KFACComputer):
@@ -50,6 +51,7 @@ class MakeFxKFACComputer(KFACComputer):
     def __init__(self, *args: Any, **kwargs: Any):
         # with the tensors that the keys identify, lest others take their places
         self._traces: dict[Hashable, tuple[Trace, list[Any]]] = {}
+        self._checked: Counter[Hashable] = Counter()  # how many batches the check has seen, by key
         super().__init__(*args, **kwargs)
 
     def _check_model(self, model_func: Any) -> None:
@@ -66,16 +68,44 @@ class MakeFxKFACComputer(KFACComputer):
         self._note_hidden(trace, collector)
         return prediction.detach(), collector.calls, collector.other_uses
 
-    def _trace(self, X: Any) -> Trace:
-        """Return the trace for a batch."""
-        inputs = signature(X)
+    def _predict(self, params: dict[str, Tensor], X: Any) -> Tensor:
+        """Evaluate the model in the check, and trace it for the second batch of a shape.
+
+        That saves the evaluation for a trace later. With the first, the check compares the model
+        itself with the trace, in which whatever is not an operation happened once for all.
+        """
+        key, _ = self._key(X)
+        self._checked[key] += 1
+        if key in self._traces or self._checked[key] != 2:
+            return self.risk.predict(params, X)
+        predictions: list[Tensor] = []
+
+        def predict(params: dict[str, Tensor], X: Any) -> Tensor:
+            predictions.append(self.risk.predict(params, X))
+            return predictions[0]
+
+        self._trace(X, predict)
+        return predictions[0]
+
+    def _key(self, X: Any) -> tuple[Hashable, list[Any]]:
+        """Return what batches with the same trace share, and the tensors that it identifies."""
         state = self.risk.dependencies()  # other tensors of the model, train/eval flags, autocast
-        key = (inputs, *(id(x) if isinstance(x, Tensor) else signature(x) for x in state))
+        ids = (id(x) if isinstance(x, Tensor) else signature(x) for x in state)
+        return (signature(X), *ids), state
+
+    def _trace(self, X: Any, predict: Predict | None = None) -> Trace:
+        """Return the trace for a batch.
+
+        Args:
+            X: Its input.
+            predict: Evaluates the model, for those who want to know the prediction, too.
+        """
+        key, state = self._key(X)
         if key in self._traces:
             return self._traces[key][0]
         with self.risk.watching():
-            trace = trace_model(self.risk.predict, self.risk.params, X)
-        if inputs is not None and trace.reusable:
+            trace = trace_model(predict or self.risk.predict, self.risk.params, X)
+        if signature(X) is not None and trace.reusable:
             self._traces[key] = (trace, state)
         return trace
 
@@ -143,7 +173,7 @@ class OneBatch(KFACComputer):
     :meth:`given` sets them. The batch counts as all data.
     """
 
-    _trace: Callable[[Any], Trace]
+    _trace: Callable[..., Trace]
 
     @property
     def _tensors(self) -> dict[str, Tensor]:

@@ -27,6 +27,7 @@ from curvlinops.risk.model import (
     FunctionalModel,
     ModelFunction,
     ModelTraits,
+    Predict,
     autograd_ready,
 )
 from curvlinops.risk.ranks import compare_operators, compare_params
@@ -78,6 +79,7 @@ class EmpiricalRisk:
         collective: Communication with other processes. Default: there are none.
         purpose: What the risk is for, such as an operator and its options. It must be the same on
             all ranks.
+        predict: Evaluates the model in the check's first pass, for those who listen to it.
 
     Raises:
         TypeError: If ``params`` is not a dictionary of tensors, or a prediction not a tensor.
@@ -114,6 +116,7 @@ class EmpiricalRisk:
         confirm_later: bool = False,
         collective: Collective | None = None,
         purpose: str = "",
+        predict: Predict | None = None,
     ) -> None:
         self.collective = Collective() if collective is None else collective
         self.loss: Loss | None = None
@@ -164,7 +167,7 @@ class EmpiricalRisk:
         self._torch_rng_only = check_deterministic and self._fixed_data
         if check_deterministic:
             with preserved_rng(), autograd_ready(), torch.no_grad():
-                self._check_deterministic(confirm_later)
+                self._check_deterministic(confirm_later, predict)
         elif num_data is None:
             with self.collective.together(), self.undisturbed():
                 counted = sum(batch.n for batch in self.batches("Counting data"))
@@ -538,7 +541,7 @@ class EmpiricalRisk:
             self.num_terms = counted
         self._terms_before = self.collective.prefix(self.num_terms)
 
-    def _check_deterministic(self, confirm_later: bool) -> None:
+    def _check_deterministic(self, confirm_later: bool, predict: Predict | None) -> None:
         """Compare two passes over the data, and on several ranks the parameters' values."""
         compare_params(self.collective, self.params)
         with self.collective.together():
@@ -546,7 +549,8 @@ class EmpiricalRisk:
                 refuse_random_layers(self.model)
             if confirm_later:  # a pass whose random generators begin where this one's do
                 advance_rng()
-            first = self._record(f"Determinism check{'' if confirm_later else ' (1/2)'}")
+            desc = f"Determinism check{'' if confirm_later else ' (1/2)'}"
+            first = self._record(desc, predict)
         self._verify_size(self._summed(first.num_examples))
         if confirm_later:
             self._unconfirmed = first
@@ -591,14 +595,15 @@ class EmpiricalRisk:
         """Return an empty record of a pass."""
         return PassRecord(fixed_data=self._fixed_data)
 
-    def _record(self, desc: str) -> PassRecord:
+    def _record(self, desc: str, predict: Predict | None = None) -> PassRecord:
         """Pass over the data with forward evaluations."""
         record = self._new_record()
         for batch in self.batches(desc):
             # The first batch is inspected: the watched prediction is the one that is recorded.
             first = self._functional.traits is None
             X = batch.X
-            prediction = self._functional.inspect(X) if first else self.evaluate(X)
+            look = self._functional.inspect if first else self._functional.evaluate
+            prediction = look(X, predict)
             record.add(batch, prediction, self.loss)
         return record
 

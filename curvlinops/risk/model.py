@@ -21,8 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 from curvlinops.risk.data import fresh_mapping, without_inference
 
-#: An ``nn.Module``, or a function ``(params, X) -> prediction``.
-ModelFunction = nn.Module | Callable[[dict[str, Tensor], Any], Tensor]
+#: A function ``(params, X) -> prediction``.
+Predict = Callable[[dict[str, Tensor], Any], Tensor]
+#: An ``nn.Module``, or such a function.
+ModelFunction = nn.Module | Predict
 
 
 @contextmanager
@@ -267,21 +269,26 @@ class FunctionalModel:
             layer.reshard()
         return {name: found[name].detach() for name in self._params}
 
-    def evaluate(self, X: Any) -> Tensor:
+    def evaluate(self, X: Any, predict: Predict | None = None) -> Tensor:
         """Evaluate the model at its parameters, without a graph.
 
         Gradients are enabled inside, for models that differentiate with respect to their inputs.
+
+        Args:
+            X: Inputs of a batch.
+            predict: Evaluates the model as :meth:`predict` does, if somebody else listens.
         """
         params = {name: p.detach() for name, p in self.params.items()}
         with torch.enable_grad():
-            prediction = self.predict(params, X)
+            prediction = (predict or self.predict)(params, X)
         return prediction.detach()
 
-    def inspect(self, X: Any) -> Tensor:
+    def inspect(self, X: Any, predict: Predict | None = None) -> Tensor:
         """Evaluate the model without a graph, and set the traits from what it does.
 
         Args:
             X: Inputs of a batch.
+            predict: Evaluates the model as :meth:`predict` does, if somebody else listens.
 
         Returns:
             The prediction.
@@ -296,7 +303,7 @@ class FunctionalModel:
         # cannot find out
         params = {name: p.detach().requires_grad_() for name, p in self.params.items()}
         with torch.enable_grad(), watch:
-            prediction = self.predict(params, X)
+            prediction = (predict or self.predict)(params, X)
         watch.traits.once_differentiable += _once_differentiable_nodes(prediction.grad_fn)
         watch.traits.wrong_third += _wrong_third_nodes(prediction.grad_fn)
         prediction = prediction.detach()

@@ -219,13 +219,13 @@ CONSTRUCTORS = {
 }
 
 
-@pytest.mark.parametrize("check_deterministic", [False, True])
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
 @pytest.mark.parametrize(
     ("cls", "fisher_type", "name"),
     [(*key, name) for key, limits in CONSTRUCTORS.items() for name in limits],
     ids=lambda x: x if isinstance(x, str) else x.__name__.removesuffix("LinearOperator"),
 )
-def test_kronecker_factors(cls: Any, fisher_type: str, name: str, check_deterministic: bool):
+def test_kronecker_factors(cls: Any, fisher_type: str, name: str, backend: str):
     """Embeddings and LayerNorms are left out; the gradient has all parameters."""
     problem = PROBLEMS[name]()
     layers = dict(problem.model.named_modules())
@@ -241,11 +241,10 @@ def test_kronecker_factors(cls: Any, fisher_type: str, name: str, check_determin
             nn.CrossEntropyLoss(),
             params,
             problem.data,
-            check_deterministic=check_deterministic,
-            num_data=problem.num_data,
             fisher_type=fisher_type,
             num_per_example_loss_terms=64 if name == "decoder" else 1,
             separate_weight_and_bias=False,
+            backend=backend,
         )
     )
     assert flops / costs(name)[1] <= CONSTRUCTORS[cls, fisher_type][name]

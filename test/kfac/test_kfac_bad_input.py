@@ -1005,6 +1005,28 @@ def test_models_that_are_found_random_in_the_pass_for_the_factors(
     cls(*args, backend=backend, check_deterministic=False, **options)
 
 
+class Counting(nn.Module):
+    """A linear layer, divided by the number of its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.calls = nn.Linear(2, 2), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x) / self.calls
+
+
+@pytest.mark.parametrize("num_batches", [1, 2, 3])
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+def test_models_that_count_their_calls(backend: str, num_batches: int):
+    """A trace holds the number of one call: the check must compare it with the model itself."""
+    model = Counting()
+    data = [(torch.rand(8, 2), torch.rand(8, 2)) for _ in range(num_batches)]
+    with pytest.raises(RuntimeError, match="the model is not deterministic"):
+        kfac(model, data=data, backend=backend)
+
+
 @pytest.mark.parametrize("backend", ["hooks", "make_fx"])
 def test_data_that_can_be_read_once_or_change(backend: str):
     model = nn.Linear(2, 2)
