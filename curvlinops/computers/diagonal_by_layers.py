@@ -128,6 +128,7 @@ class LayersDiagonal(HooksLooking):
         prediction = self._listen(events.collector, X, n, params)
         self._note(events.collector.calls, events.collector.other_uses)
         if self._refuse_layers(batch):
+            self._look(batch)
             return self._evaluate(batch, X, n, params)  # which leaves those layers alone
         return events, prediction
 

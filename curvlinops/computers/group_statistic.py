@@ -163,8 +163,7 @@ class GroupStatistic(Generic[G]):
         """Return the groups of a usage that are listened to."""
         if usage in self._by_usage:
             return self._by_usage[usage]
-        parts = [part for part in (usage.weight, usage.bias) if part is not None]
-        if all(part.name in self._diagonal for part in parts):
+        if all(part.name in self._diagonal for part in usage.parts.values()):
             return []  # these parameters have no factors, as they are used elsewhere, too
         raise RuntimeError(
             f"{usage.label} was not called in this way before: the model, or the data, have "

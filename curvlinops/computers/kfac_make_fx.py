@@ -121,8 +121,8 @@ class MakeFxKFACComputer(KFACComputer):
 
     def _note_hidden(self, trace: Trace, collector: MakeFxCollector) -> None:
         """Tell a collector of scripted modules' parameters that it did not see."""
-        parts = [part for usage in collector.calls for part in (usage.weight, usage.bias)]
-        seen = {part.name for part in parts if part is not None} | collector.other_uses.keys()
+        seen = {part.name for usage in collector.calls for part in usage.parts.values()}
+        seen |= collector.other_uses.keys()
         hidden = {name: why for name, why in self._scripted.items() if name not in seen}
         # The gradients of the layers before are missing, too: diagonal blocks would not do.
         if trace.has_hidden_derivatives and (not hidden or self.unsupported == "diagonal"):

@@ -21,7 +21,7 @@ from curvlinops.computers.arrangement import (
 from curvlinops.computers.layers import LAYERS
 from curvlinops.computers.per_example import example_tensors, some_examples, structure
 from curvlinops.computers.plan import GroupPlan, MisfitError, plan_groups
-from curvlinops.computers.usages import Part, Usage
+from curvlinops.computers.usages import Usage
 from curvlinops.distributed import Collective
 from curvlinops.risk import Batch, EmpiricalRisk
 
@@ -348,10 +348,13 @@ class Looking:
         return self._refuse_shared(batch) or self._refuse_unknown()
 
     def _refuse_shared(self, batch: Batch) -> bool:
-        """Refuse layers of inputs without examples if the model cannot do with one for each."""
+        """Refuse layers of inputs without examples if the model cannot do with one for each.
+
+        Returns:
+            Whether something was found out, so that the batch must be looked at once more.
+        """
         if self._any_rank(self._arrangements.seek()):
             self._seen.clear()
-            self._look(batch)
             self._outdated = self._recording
             return True
         shared = self._arrangements.unverified()
@@ -362,7 +365,6 @@ class Looking:
             if self._any_rank(bool(others)):
                 self._arrangements.not_shared(others)
                 self._seen.clear()
-                self._look(batch)
                 self._outdated = self._recording
                 return True
         try:
@@ -430,14 +432,14 @@ class Looking:
         """
         if not self._any_rank(bool(calls)):
             return False
-        reasons = {part.name: reason for usage, _ in calls for part in _parts(usage)}
+        reasons = {part.name: reason for usage, _ in calls for part in usage.parts.values()}
         if self.risk.sharded:
             for others in self.collective.gather(reasons):
                 reasons = {**others, **reasons}
             calls = [
                 call
                 for call in self._arrangements.calls
-                if not reasons.keys().isdisjoint(part.name for part in _parts(call[0]))
+                if not reasons.keys().isdisjoint(part.name for part in call[0].parts.values())
             ]
         self._arrangements.refuse(calls)
         self._seen.clear()  # without them, other layers may see something else
@@ -541,11 +543,6 @@ class Looking:
         """Take over what another computer has seen."""
         self._usages.update(dict.fromkeys(usages))
         self._diagonal.update(diagonal)
-
-
-def _parts(usage: Usage) -> list[Part]:
-    """Return the parts of parameters that a layer uses."""
-    return [part for part in (usage.weight, usage.bias) if part is not None]
 
 
 def _signature(batch: Batch) -> Any:

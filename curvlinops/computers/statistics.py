@@ -71,7 +71,7 @@ class CovarianceStatistic:
     def on_input(self, usage: Usage, index: int, positions: Positions) -> None:
         """A layer was called, for the ``index``-th time in this way in this batch."""
         form = usage.format
-        for role, part in _parts(usage):
+        for role, part in usage.parts.items():
             key = (role, form.is_embedding, part)
             self._calls[key] = self._calls.get(key, 0) + 1
         if form.is_norm:
@@ -163,7 +163,7 @@ class CovarianceStatistic:
         if usage.bias is not None:
             new[usage.bias] = _summed(gradient)
         pairs = {usage.part("W"): usage.part("b")} if self._joint(usage) else {}
-        if all(self._calls.get((role, False, part)) == 1 for role, part in _parts(usage)):
+        if all(self._calls.get((role, False, part)) == 1 for role, part in usage.parts.items()):
             self._add_norms(new, pairs)
             return
         for part, summand in new.items():
@@ -403,12 +403,6 @@ class CovarianceStatistic:
             for factor in factors:
                 attest(factor)
         return factors
-
-
-def _parts(usage: Usage) -> list[tuple[str, Part]]:
-    """Return the parts of parameters that a usage has, by their roles."""
-    pairs = (("W", usage.weight), ("b", usage.bias))
-    return [(role, part) for role, part in pairs if part is not None]
 
 
 def _mean(total: Any) -> Any:

@@ -56,11 +56,15 @@ class Usage:
         """Return the fields alone: hashes differ between processes."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The parts of parameters that are used, by role: ``"W"``, ``"b"``."""
+        roles = {"W": self.weight, "b": self.bias}
+        return {role: part for role, part in roles.items() if part is not None}
+
     def part(self, role: str) -> Part:
         """Return the part of the parameter in a role, ``"W"`` or ``"b"``."""
-        part = self.weight if role == "W" else self.bias
-        assert part is not None
-        return part
+        return self.parts[role]
 
     def rows(self, role: str) -> tuple[int, int]:
         """Return the first row of the part in a role, and the row behind its last one."""
@@ -78,7 +82,7 @@ class Usage:
     @property
     def label(self) -> str:
         """What messages call it."""
-        names = [part.name for part in (self.weight, self.bias) if part is not None]
+        names = [part.name for part in self.parts.values()]
         return f"The layer of {' and '.join(map(repr, names))}"
 
 
