@@ -82,6 +82,7 @@ def test_example_runs_and_writes_its_figure(script, tmp_path):
     output_of(script, tmp_path)
 
 
+@pytest.mark.slow
 def test_natural_gradient_beats_sgd_and_adam(tmp_path):
     """Catches factors, inverses or steps with which KFAC is no better than a diagonal method."""
     output = output_of(NATURAL_GRADIENT, tmp_path)
