@@ -1,9 +1,8 @@
-"""How a model uses its parameters, which is found by evaluating it on a few examples."""
+"""Where the examples are inside of a model, which is found by evaluating it on a few of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -18,18 +17,17 @@ from curvlinops.computers.arrangement import (
     find_arrangement,
     near,
 )
-from curvlinops.computers.layers import LAYERS
 from curvlinops.computers.per_example import example_tensors, some_examples, structure
-from curvlinops.computers.plan import GroupPlan, MisfitError, plan_groups
+from curvlinops.computers.planning import Planning
 from curvlinops.computers.usages import Usage
 from curvlinops.distributed import Collective
-from curvlinops.risk import Batch, EmpiricalRisk
+from curvlinops.risk import Batch
 
 T = TypeVar("T")
 
 
-class Looking:
-    """What a computer of Kronecker factors knows of a model, and how it finds out.
+class Looking(Planning):
+    """Finds out, for a computer of Kronecker factors, what a model does with its examples.
 
     A subclass implements :meth:`_observe`.
 
@@ -38,16 +36,10 @@ class Looking:
         unsupported: What becomes of parameters that no supported layer uses.
     """
 
-    risk: EmpiricalRisk
     collective: Collective
 
     def __init__(self, separate_weight_and_bias: bool, unsupported: str):
-        if unsupported not in ("raise", "diagonal"):
-            raise ValueError(f"unsupported must be 'raise' or 'diagonal', got {unsupported!r}.")
-        self.separate_weight_and_bias = separate_weight_and_bias
-        self.unsupported = unsupported
-        self._usages: dict[Usage, None] = {}
-        self._diagonal: set[str] = set()  # parameters that get a diagonal block
+        super().__init__(separate_weight_and_bias, unsupported)
         self._arrangements = Arrangements()
         self._seen: set[Any] = set()  # structures of batches
         # for a few examples, whose numbers are given, by structure
@@ -57,9 +49,6 @@ class Looking:
         self._trusted: set[Any] = set()  # structures whose predictions for a few are right
         self._reordered: Tensor | None = None  # the prediction for the batch in another order
         self._halves: list[Tensor | None] = []  # those for its halves, if it is to be cut
-        self._recording = False  # whether a statistic has got events
-        self._outdated = False  # whether they were others if it was known what is known now
-        self._planned: tuple[Any, list[GroupPlan]] = (None, [])  # for how many of both, and plans
 
     def _observe(
         self, X: Any, n: int, on_call: Callable[[Usage, int, Tensor], None]
@@ -77,26 +66,6 @@ class Looking:
             of parameters, and by which function.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement _observe.")
-
-    @cached_property
-    def _scripted(self) -> dict[str, str]:
-        """Return the parameters of scripted modules, whose functions cannot be seen."""
-        if self.risk.model is None:
-            return {}
-        owners = {
-            id(p): type(layer).__name__
-            for layer in self.risk.model.modules()
-            if isinstance(layer, torch.jit.ScriptModule)
-            for p in layer.parameters()
-        }
-        if not owners:
-            return {}
-        tensors = dict(self.risk.model.named_parameters(remove_duplicate=False))
-        return {
-            name: f"used by {owners[id(tensors[name])]}"
-            for name in self.risk.params
-            if id(tensors[name]) in owners
-        }
 
     def _look_anew(self, batch: Batch) -> None:
         """Find out how the model uses its parameters from the first batch of each structure."""
@@ -478,71 +447,6 @@ class Looking:
         except Exception:  # its own
             return False
         return True
-
-    def _note(self, usages: Iterable[Usage], other_uses: dict[str, str]) -> None:
-        """Note how the model uses its parameters; raise if that is not supported."""
-        new = [usage for usage in usages if usage not in self._usages]
-        if not new and self._diagonal.issuperset(other_uses):
-            return
-        self._usages.update(dict.fromkeys(new))
-        self._refuse(other_uses)
-        self._check_plans()
-
-    def _check_plans(self) -> None:
-        """Raise if parameters are used in ways that do not fit together; or as the user wants."""
-        while True:
-            try:
-                self._make_plans()
-                return
-            except MisfitError as error:
-                self._refuse(error.problems)
-
-    def _refuse(self, reasons: dict[str, str]) -> None:
-        """Raise, or let the parameters have a diagonal block, as the user wants."""
-        reasons = {name: why for name, why in reasons.items() if name not in self._diagonal}
-        if not reasons:
-            return
-        if self.unsupported == "raise":
-            ordered = sorted(reasons, key=list(self.risk.params).index)
-            listing = ", ".join(f"{name!r} ({reasons[name]})" for name in ordered)
-            supported = ", ".join(dict.fromkeys(layer.name for layer in LAYERS))
-            raise NotImplementedError(
-                f"These parameters are not in supported layers: {listing}. Supported: {supported}. "
-                "Leave them out of params to treat them as constants, or use "
-                "unsupported='diagonal'."
-            )
-        self._diagonal.update(reasons)
-        self._outdated = self._recording
-
-    def _make_plans(self) -> list[GroupPlan]:
-        """Return how each group of parameters is treated, as far as is known."""
-        known = len(self._usages), len(self._diagonal)  # both only grow
-        if known != self._planned[0]:
-            plans = plan_groups(
-                self._usages, self.risk.params, self.separate_weight_and_bias, self._diagonal
-            )
-            self._planned = known, plans
-        return list(self._planned[1])
-
-    @property
-    def plans(self) -> list[GroupPlan]:
-        """How each group is treated, in the order of :attr:`mapping`; complete after a pass."""
-        return self._make_plans()
-
-    @property
-    def usages(self) -> list[Usage]:
-        """How the model was seen to use its parameters in layers."""
-        return list(self._usages)
-
-    @property
-    def diagonal(self) -> list[str]:
-        """The parameters that were seen to be used in other ways, too."""
-        return sorted(self._diagonal)
-
-    def know(self, usages: Iterable[Usage], diagonal: Iterable[str]) -> None:
-        """Take over what another computer has seen."""
-        self._usages.update(dict.fromkeys(usages))
-        self._diagonal.update(diagonal)
 
 
 def _signature(batch: Batch) -> Any:
