@@ -23,6 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops.computers.selection import may_select
+from curvlinops.computers.usages import Parameters
+
 # How far entries of the same example may be off, relative to the largest: what rounding errors of
 # bfloat16, of float32 and of float64 become in a model. And how many times farther others are.
 _COARSE, _SINGLE, _DOUBLE = 2**-5, 1e-3, 1e-5
@@ -100,6 +103,7 @@ class Arrangements:
         self.tolerance = 0.0
         self._structure: Any = None
         self._plain = True
+        self._constants = Parameters({})
         self._few: dict[Any, Tensor] = {}
         self._numbers: dict[Any, list[int]] = {}  # of the few examples, by structure
         self._found: dict[Any, Arrangement] = {}
@@ -116,15 +120,16 @@ class Arrangements:
         self._ignored = False
         self._disturbed: int | None = None
 
-    def begin(self, structure: Any, plain: bool, may_differ: bool) -> None:
+    def begin(self, structure: Any, plain: bool, may_differ: bool, constants: Parameters) -> None:
         """Take what follows to be about batches of a structure.
 
         Args:
             structure: The structure.
             plain: Whether it is certain which tensors of the input have examples.
             may_differ: Whether a layer may get something else of an example each time.
+            constants: Parameters of the model that are constants.
         """
-        self._structure, self._plain = structure, plain
+        self._structure, self._plain, self._constants = structure, plain, constants
         self._reordered = None
         if may_differ:
             self.tolerance = float("inf")
@@ -132,6 +137,13 @@ class Arrangements:
     def begin_forward(self) -> None:
         """Begin with an evaluation of the model."""
         self._calls, self._spreading = [], False
+
+    def note_function(self, name: str, args: Any, kwargs: Any, n: int) -> None:
+        """Note that the model calls a function on n examples; see :func:`may_select`."""
+        if name == "embedding" and self._constants.involved(args, kwargs):
+            return  # a table has no examples, and a row for each index
+        if may_select(name, args, kwargs, n):
+            self.entries_matter = True
 
     def learn(self, inputs: dict[Any, Tensor], numbers: list[int]) -> None:
         """Take the inputs of calls for a few examples alone, of these numbers in the batch."""

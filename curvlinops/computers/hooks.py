@@ -17,7 +17,7 @@ from curvlinops.computers.arrangement import BATCH_FIRST, Arrangements
 from curvlinops.computers.callers import called_by
 from curvlinops.computers.layers import read_function
 from curvlinops.computers.positions import Positions
-from curvlinops.computers.selection import NAMES, may_select
+from curvlinops.computers.selection import NAMES
 from curvlinops.computers.usages import Parameters, Usage, check_widths, tensors_in
 
 
@@ -97,8 +97,7 @@ class HooksCollector:
 
     def on_selection(self, name: str, args: Any, kwargs: Any) -> None:
         """A function that may select rows is called."""
-        if may_select(name, args, kwargs, self._n):
-            self._arrangements.entries_matter = True
+        self._arrangements.note_function(name, args, kwargs, self._n)
 
     def on_call(self, usage: Usage, x: Tensor, output: Tensor) -> Tensor:
         """A layer was called; return its output."""

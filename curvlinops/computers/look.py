@@ -19,7 +19,7 @@ from curvlinops.computers.arrangement import (
 )
 from curvlinops.computers.per_example import example_tensors, some_examples, structure
 from curvlinops.computers.planning import Planning
-from curvlinops.computers.usages import Usage
+from curvlinops.computers.usages import Parameters, Usage
 from curvlinops.distributed import Collective
 from curvlinops.risk import Batch
 
@@ -114,7 +114,7 @@ class Looking(Planning):
         plain = isinstance(batch.X, Tensor) or not example_tensors(batch)
         row = None if batch.n == 1 else self._cut(batch, [0])
         plain = plain and (row is None or self.risk.has_examples(row, 1))  # else: no examples
-        self._arrangements.begin(signature, plain, self._may_differ)
+        self._arrangements.begin(signature, plain, self._may_differ, self._constant_parameters())
         self._reordered, self._halves = None, []
         needed = batch.n > 1 and signature not in self._seen
         if self._any_rank(needed):
@@ -137,6 +137,12 @@ class Looking(Planning):
                 self._reordered, self._halves = prediction, halves
                 self._arrangements.expect(inputs)
         self._recording = True
+
+    def _constant_parameters(self) -> Parameters:
+        """Return the model's parameters that are constants."""
+        model, given = self.risk.model, self.risk.params
+        named = () if model is None else model.named_parameters()
+        return Parameters({name: p for name, p in named if name not in given})
 
     def _look_no_more(self) -> None:
         """Take what was found for granted, also in batches of other examples."""

@@ -13,7 +13,7 @@ from curvlinops.computers.arrangement import BATCH_FIRST, Arrangements
 from curvlinops.computers.containers import flattened
 from curvlinops.computers.layers import read_operation
 from curvlinops.computers.positions import Positions
-from curvlinops.computers.selection import NAMES, may_select
+from curvlinops.computers.selection import NAMES
 from curvlinops.computers.tracing import Trace
 from curvlinops.computers.usages import Parameters, Usage, check_widths, tensors_in
 
@@ -108,8 +108,7 @@ class MakeFxCollector:
 
     def on_selection(self, name: str, args: Any, kwargs: Any) -> None:
         """An operation that may select rows is called."""
-        if may_select(name, args, kwargs, self._n):
-            self._arrangements.entries_matter = True
+        self._arrangements.note_function(name, args, kwargs, self._n)
 
     def on_call(self, usage: Usage, x: Tensor, output: Tensor) -> Tensor:
         """A layer was called; return its output."""

@@ -17,6 +17,7 @@ from block_checks import assert_close
 from kfac_cases import Lambda
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from curvlinops import (
     EKFACLinearOperator,
@@ -29,10 +30,12 @@ from curvlinops import (
 from curvlinops.computers.arrangement import (
     BATCH_FIRST,
     UNKNOWN,
+    Arrangements,
     another_order,
     find_arrangement,
 )
 from curvlinops.computers.selection import NAMES, may_select
+from curvlinops.computers.usages import Parameters
 
 Data = list[tuple[Any, Tensor]]
 Forward = Callable[[Any, Tensor], Tensor]
@@ -895,6 +898,37 @@ def test_functions_that_may_select():
     ]
     assert all(name in NAMES and may_select(name, *call, 3) for name, *call in selecting)
     assert not any(may_select(name, *call, 3) for name, *call in others)
+
+
+def test_constant_tables_have_no_examples():
+    """Rows of activations may be looked up, too."""
+    table, x, numbers = nn.Parameter(torch.rand(3, 2)), torch.rand(3, 2), torch.tensor([0, 1])
+    for call in ((numbers, table.detach()), (numbers, x)):
+        arrangements = Arrangements()
+        arrangements.begin((), True, False, Parameters({"table": table}))
+        arrangements.note_function("embedding", call, {}, 3)
+        assert arrangements.entries_matter == (call[1] is x)
+
+
+@each_backend
+@pytest.mark.parametrize("options", [{}, {"loss_terms": "exact"}], ids=["signs", "exact"])
+def test_constant_embeddings_cost_nothing(backend: str, options: dict[str, Any]):
+    """Catches models that are evaluated in another order because tokens are looked up in a table.
+
+    Linear layers need as many operations as for the same embeddings, given as the input.
+    """
+    embedding = nn.Embedding(7, 4)
+    linear = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
+    params = {f"1.{name}": p for name, p in linear.named_parameters()}
+    tokens, labels = torch.randint(0, 7, (5, 6)), torch.arange(30).view(5, 6) % 2
+    counts = []
+    for first, X in ((embedding, tokens), (nn.Identity(), embedding(tokens).detach())):
+        model = Lambda(lambda net, x: net.net(x).mT, net=nn.Sequential(first, linear))
+        named = {f"net.{name}": p for name, p in params.items()}
+        with FlopCounterMode(display=False) as counter:
+            EKFACLinearOperator(model, LOSS, named, [(X, labels)] * 2, backend=backend, **options)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
 
 
 @each_backend
