@@ -142,7 +142,6 @@ class KFACComputer(Looking):
             "data": data,
             "progressbar": progressbar,
             "batch_size_fn": batch_size_fn,
-            "process_group": process_group,
         }
         if check_deterministic:  # first, as this is cheaper
             with self.collective.together():
@@ -309,15 +308,14 @@ class KFACComputer(Looking):
 
     def _look_at_first(self, params: dict[str, Tensor], num_data: int | None) -> None:
         """Find out how the model uses its parameters from the first batch of the data."""
-        arguments = {k: v for k, v in self._arguments.items() if k != "process_group"}
         self.risk = EmpiricalRisk(
-            **arguments,
+            **self._arguments,
             params=params,
             check_deterministic=False,
             num_data=1 if num_data is None else num_data,
         )
         with self.risk.undisturbed():
-            for batch in self.risk.batches("Looking at the model"):
+            for batch in self.risk.batches(None):
                 self._look_first(batch)
                 break
 
@@ -605,6 +603,7 @@ class KFACComputer(Looking):
             check_deterministic=False,
             num_data=self.risk.num_data,
             names=[name for name in self.risk.params if name in self._diagonal],
+            process_group=self.collective.process_group,
         )
         entries = computer.compute()
         return {

@@ -182,7 +182,7 @@ class OneBatch(KFACComputer):
 
     def set_up(self) -> None:
         """Find out how the model uses its parameters."""
-        for batch in self.risk.batches("Looking at the model"):
+        for batch in self.risk.batches(None):
             self._batch = batch
             self._params = self.risk.params
             self._look_first(batch)

@@ -23,6 +23,7 @@ class Collective:
         size: Number of processes.
         alone: Whether there is no communication.
         device: Where the tensors are that are communicated.
+        process_group: The process group; None for the single process.
         room: For how many numbers :func:`~curvlinops.distributed.add_shares` has room in its first
             all-reduce, the same on all ranks; it notes how many its last call had.
 
@@ -36,6 +37,7 @@ class Collective:
     size: int = 1
     alone: bool = True
     device: torch.device = torch.device("cpu")
+    process_group: Any = None
     room: int = 0
 
     # ---- what a distributed collective implements ------------------------------------------------

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,9 @@ from curvlinops.distributed.collective import Collective
 class ProcessGroupCollective(Collective):
     """Communication between the ranks of a ``torch.distributed`` process group.
 
-    It belongs to the process: a copy is the same object. If a rank does not take part in a call,
+    It belongs to the process: a copy is the same object. It does not keep the group alive, whose
+    threads ``torch.distributed.destroy_process_group`` can only end, as it must before the process
+    does, if nobody else holds it. If a rank does not take part in a call,
     the others get an error from the process group's backend: at once if the connection breaks,
     otherwise after the group's timeout (``timeout`` of ``torch.distributed.init_process_group``).
     Backends do not compare shapes: with gloo, a process whose tensor is smaller than another rank's
@@ -31,6 +34,7 @@ class ProcessGroupCollective(Collective):
         TypeError: If ``group`` is no process group.
         ValueError: If this process is not in the group, or the group does not communicate from the
             device.
+        RuntimeError: If it communicates after the group was destroyed.
     """
 
     alone = False
@@ -48,7 +52,7 @@ class ProcessGroupCollective(Collective):
                 "process_group must be a torch.distributed process group, such as "
                 f"torch.distributed.group.WORLD, got {type(group).__name__}."
             )
-        self.group = group
+        self._process_group = weakref.ref(group)
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
         # For instance "cpu:gloo,cuda:nccl".
@@ -67,6 +71,24 @@ class ProcessGroupCollective(Collective):
         # gloo has no all-gather of tensors on GPUs.
         self._exchange_device = torch.device("cpu") if "cpu" in backends else device
 
+    @property
+    def process_group(self) -> dist.ProcessGroup:
+        """The process group."""
+        group = self._process_group()
+        if group is None:
+            raise RuntimeError(
+                "The process group was destroyed: call torch.distributed.destroy_process_group "
+                "after the last use of the operators that were built with it, or build them anew."
+            )
+        return group
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "What was built with a process_group belongs to this process and cannot be saved or "
+            "sent to another one: build it there, or save matrices that are complete, such as the "
+            "chain of a KFAC operator."
+        )
+
     def __copy__(self) -> ProcessGroupCollective:
         return self
 
@@ -76,7 +98,7 @@ class ProcessGroupCollective(Collective):
     def all_reduce(self, buffer: Tensor) -> Tensor:
         """Add one tensor elementwise over the ranks, see the base class."""
         with torch.no_grad(), self._on_device():
-            dist.all_reduce(buffer, group=self.group)
+            dist.all_reduce(buffer, group=self.process_group)
         return buffer
 
     def exchange(self, values: list[int]) -> list[list[int]]:
@@ -84,19 +106,19 @@ class ProcessGroupCollective(Collective):
         with torch.inference_mode(False), torch.no_grad(), self._on_device():
             own = torch.tensor(values, dtype=torch.int64, device=self._exchange_device)
             everybody = [torch.empty_like(own) for _ in range(self.size)]
-            dist.all_gather(everybody, own, group=self.group)
+            dist.all_gather(everybody, own, group=self.process_group)
             return torch.stack(everybody).tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """Give every rank the objects of all ranks, see the base class."""
         everybody: list[Any] = [None] * self.size
         with torch.inference_mode(False), torch.no_grad(), self._on_device():
-            dist.all_gather_object(everybody, value, group=self.group)
+            dist.all_gather_object(everybody, value, group=self.process_group)
         return everybody
 
     def name(self, rank: int) -> int:
         """Return the rank among all processes of a rank in the group."""
-        return dist.get_global_rank(self.group, rank)
+        return dist.get_global_rank(self.process_group, rank)
 
     def _on_device(self) -> AbstractContextManager[Any]:
         """Make the device current: NCCL takes objects through the current one."""

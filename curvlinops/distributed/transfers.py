@@ -27,7 +27,7 @@ def broadcast(collective: Collective, tensor: Tensor, source: int) -> Tensor:
         return tensor
     wide = tensor.contiguous() if tensor.itemsize >= 4 else tensor.float()
     with torch.no_grad():
-        dist.broadcast(wide, src=collective.name(source), group=_group(collective))
+        dist.broadcast(wide, src=collective.name(source), group=collective.process_group)
         return tensor if wide is tensor else tensor.copy_(wide)
 
 
@@ -44,7 +44,7 @@ def reduce(collective: Collective, tensor: Tensor, owner: int | None) -> Tensor:
     if owner is None:
         return collective.all_reduce(tensor)
     with torch.no_grad():
-        dist.reduce(tensor, dst=collective.name(owner), group=_group(collective))
+        dist.reduce(tensor, dst=collective.name(owner), group=collective.process_group)
     return tensor
 
 
@@ -137,11 +137,6 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
                 bucket = []
             bucket.append(t)
         yield bucket
-
-
-def _group(collective: Collective) -> Any:
-    """Return the process group of a collective."""
-    return collective.group  # type: ignore[attr-defined]
 
 
 # ---- sums of symmetric matrices ------------------------------------------------------------------

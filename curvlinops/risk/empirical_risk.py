@@ -260,11 +260,11 @@ class EmpiricalRisk:
         """
         return self._functional.evaluate(X)
 
-    def batches(self, desc: str) -> Iterator[Batch]:
+    def batches(self, desc: str | None) -> Iterator[Batch]:
         """Pass over the data, with a progress bar if wanted; use inside of :meth:`undisturbed`.
 
         Args:
-            desc: What the progress bar says.
+            desc: What the progress bar says; None for no bar, if only a few batches are wanted.
 
         Returns:
             Iterator over the batches, on the device of the parameters.
@@ -440,10 +440,10 @@ class EmpiricalRisk:
         L, *gradient = self.sum_over_data(loss_and_gradient, "Loss and gradient", like=like)
         return L, gradient
 
-    def _elements(self, desc: str) -> Iterable[Any]:
+    def _elements(self, desc: str | None) -> Iterable[Any]:
         """Return the data, or a progress bar that iterates them."""
         # One bar is enough: ranks wait for one another.
-        shown = self.progressbar and self.collective.rank == 0
+        shown = self.progressbar and self.collective.rank == 0 and desc is not None
         if not shown or torch.compiler.is_compiling():
             return self._source.data
         return tqdm(self._source.data, desc=desc, total=self._source.length)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -20,6 +22,8 @@ from curvlinops import (
     BlockDiagonalLinearOperator,
     EKFACAccumulator,
     EKFACLinearOperator,
+    GGNDiagonalLinearOperator,
+    GGNLinearOperator,
     KFACAccumulator,
     KFACLinearOperator,
     KFOCLinearOperator,
@@ -658,6 +662,45 @@ def test_failures(two: Ranks, failing: Any) -> None:
     if failing is random_on_one_rank:
         assert "is not deterministic" in answers[1].message
     two.stop()
+
+
+def check_groups_end() -> None:
+    case = network()
+    mine, args = part(case.data, [2]), (case.model, case.loss("mean"), case.params)
+
+    def accumulated(**options: Any) -> Any:
+        accumulator = KFACAccumulator(*args, **options)
+        for batch in mine:
+            accumulator.update(*batch)
+        return accumulator, accumulator.to_operator()
+
+    def multiplied(cls: Any, **options: Any) -> Any:
+        operator = case.operator(cls, data=mine, **options)
+        return operator, operator @ torch.ones(operator.shape[1], dtype=torch.float64)
+
+    for make_holders in (
+        partial(multiplied, GGNLinearOperator),
+        partial(multiplied, GGNDiagonalLinearOperator, mc_samples=2),
+        partial(multiplied, KFACLinearOperator, worker_fraction=0.0),
+        partial(multiplied, EKFACLinearOperator, backend="make_fx"),
+        partial(multiplied, KFOCLinearOperator),
+        accumulated,
+    ):
+        group = dist.new_group()
+        alive = weakref.ref(group)
+        holders = make_holders(process_group=group)
+        dist.destroy_process_group(group)
+        del group
+        assert alive() is None, make_holders
+        del holders
+
+
+def test_groups_end(two: Ranks) -> None:
+    """Groups end when they are destroyed, though operators are alive.
+
+    Threads of gloo that are alive when a process ends abort it now and then.
+    """
+    two(check_groups_end)
 
 
 def test_bad_arguments() -> None:

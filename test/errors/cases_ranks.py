@@ -136,6 +136,22 @@ cases(
     "Use gloo for the CPU",
     with_group(lambda group: ProcessGroupCollective(group, torch.device("meta"))),
 )
+
+
+@cases(RuntimeError, "process group was destroyed", "after the last use")
+def destroyed() -> None:
+    with group_of_one() as group:
+        H = build(HessianLinearOperator, process_group=group)
+        del group
+    H @ torch.ones(8)
+
+
+cases(
+    TypeError,
+    "process_group belongs to this process and cannot be saved",
+    "such as the chain of a KFAC operator",
+    with_group(lambda group: pickle.dumps(build(HessianLinearOperator, process_group=group))),
+)
 cases(
     NotImplementedError,
     "PerExampleGradient.* does not support process_group",

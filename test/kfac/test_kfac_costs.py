@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from curvlinops import KFACLinearOperator
+from curvlinops import EKFACLinearOperator, KFACLinearOperator
 from curvlinops.risk.losses import CrossEntropy
 
 WIDTHS = (784, 512, 512, 10)
@@ -241,6 +242,17 @@ def test_passes_until_an_error(check_deterministic: bool):
         KFACLinearOperator(*arguments, check_deterministic=check_deterministic, num_data=6)
     assert calls == [1]
     assert data.taken == [1]
+
+
+@pytest.mark.parametrize("backend", ["hooks", "make_fx"])
+def test_progress_bars_are_filled(backend: str, capsys: pytest.CaptureFixture[str]):
+    """Catches a bar for the first batch, which would be left at 0 %."""
+    model = nn.Linear(3, 2)
+    data = [(torch.rand(2, 3), torch.rand(2, 2))] * 3
+    params = dict(model.named_parameters())
+    EKFACLinearOperator(model, nn.MSELoss(), params, data, progressbar=True, backend=backend)
+    shown = dict(re.findall(r"([A-Z][\w ]+): +(\d+)%", capsys.readouterr().err))
+    assert {"Determinism check", "KFAC factors"} <= shown.keys() and set(shown.values()) == {"100"}
 
 
 def test_diagonal_blocks_take_one_more_pass():
