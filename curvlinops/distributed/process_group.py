@@ -85,8 +85,8 @@ class ProcessGroupCollective(Collective):
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             "What was built with a process_group belongs to this process and cannot be saved or "
-            "sent to another one: build it there, or save matrices that are complete, such as the "
-            "chain of a KFAC operator."
+            "sent to another one: build it there, or save a matrix that is complete, such as "
+            "curvlinops.sharded.gathered(K) of KFAC."
         )
 
     def __copy__(self) -> ProcessGroupCollective:
